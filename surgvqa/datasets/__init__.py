@@ -1,0 +1,161 @@
+"""Data sets as examples: one question about one or several images, with the answers that count as right.
+
+    recipe's `data` ── load ──▶ Dataset(examples, problems)
+
+Each corpus is one module here with a function
+
+    read(path: str | None, revision: str | None) -> Iterator[Example | Problem]
+
+that yields a good row as an Example and a bad one as a Problem, and raises BadInput only where nothing
+can be read at all. Nothing is dropped silently; no image is opened here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgvqa.recipe import BadInput, Part
+
+MODULES = {
+    "demo": "demo",
+    "jsonl": "tables",
+    "csv": "tables",
+    "parquet": "tables",
+    "kvasir_vqa": "kvasir_vqa",
+    "endovis18_vqa": "endovis18_vqa",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where the bytes of an image are: a file of its own, or a cell of a table read with `datasets`.
+
+    `key` names the image in messages, groups the questions of one image and tells whether two examples
+    show the same one.
+    """
+
+    key: str
+    path: Path | None = None
+    table: Any = None
+    """A `datasets.Dataset` whose `column` holds `{"bytes", "path"}`."""
+    row: int = 0
+    column: str = "image"
+
+    def read(self) -> bytes:
+        """The encoded bytes. Raises OSError where there are none."""
+        if self.path is not None:
+            return self.path.read_bytes()
+        cell = self.table[self.row][self.column]
+        if cell["bytes"] is not None:
+            return bytes(cell["bytes"])
+        return Path(cell["path"]).read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question. `answers[0]` is trained on; a prediction may match any of them."""
+
+    id: str
+    images: tuple[ImageRef, ...]
+    question: str
+    answers: tuple[str, ...]
+    question_type: str = "question"
+    group: str = ""
+    """What must not be in two parts of a split: the video, else the image."""
+    split: Part | None = None
+    """The part the data itself puts it in."""
+    stage: int | None = None
+    place: str = ""
+    """File and line or row, for messages."""
+
+    @property
+    def image_key(self) -> str:
+        """Examples with the same key share their images, and so a tree."""
+        return "\n".join(image.key for image in self.images)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one row or file. A warning does not stop a run."""
+
+    place: str
+    what: str
+    warning: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    examples: Sequence[Example]
+    problems: Sequence[Problem]
+
+    def part(self, part: Part) -> list[Example]:
+        return [example for example in self.examples if example.split == part]
+
+
+def load(
+    format: str,
+    path: str | None,
+    revision: str | None = None,
+    *,
+    by: str = "official",
+    val: float = 0.15,
+    test: float = 0.15,
+    seed: int = 42,
+) -> Dataset:
+    """Read a data set and put every example in a part.
+
+    Raises BadInput where the data as a whole cannot be read; problems of rows are in the result.
+    """
+    module = importlib.import_module(f"surgvqa.datasets.{MODULES[format]}")
+    examples: list[Example] = []
+    problems: list[Problem] = []
+    first_place: dict[str, str] = {}
+    for row in module.read(path, revision):
+        if isinstance(row, Problem):
+            problems.append(row)
+        elif row.id in first_place:
+            problems.append(Problem(row.place, f"id {row.id!r} is already used at {first_place[row.id]}"))
+        else:
+            first_place[row.id] = row.place
+            examples.append(row)
+    if not examples and not problems:
+        raise BadInput(f"{path}: holds no questions")
+    if by == "official":
+        problems += _without_part(examples, path)
+        examples = [example for example in examples if example.split is not None]
+    else:
+        examples = [replace(example, split=_part(example, by, val, test, seed)) for example in examples]
+    return Dataset(examples, problems)
+
+
+def _without_part(examples: Iterable[Example], path: str | None) -> list[Problem]:
+    lost = [example for example in examples if example.split is None]
+    if not lost:
+        return []
+    return [
+        Problem(
+            lost[0].place,
+            f"{len(lost)} rows of {path} belong to no part (this is the first): give them a split column "
+            "with train, val or test, or set data.split.by to image or group",
+        )
+    ]
+
+
+def _part(example: Example, by: str, val: float, test: float, seed: int) -> Part:
+    """The part of an image or group: a pure function of its name, so that adding rows moves none.
+
+    The first 8 bytes of SHA-256("seed:name") as a number in [0, 1): below `test` → test, below
+    `test + val` → val, else train.
+    """
+    name = example.group if by == "group" and example.group else example.image_key
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if position < test else "val" if position < test + val else "train"

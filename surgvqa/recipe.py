@@ -1,0 +1,419 @@
+"""The recipe: what to train, on what, and how; never where.
+
+A recipe is a YAML file of at most a few dozen lines, read strictly: an unknown key, a wrong type, a value
+out of range or keys that contradict each other are all reported at once, before anything is loaded. The
+dataclasses below are the reference of every key; `docs/recipe.md` is made from their docstrings.
+
+    text ── YAML 1.2 ──▶ dict ── overrides a.b=c ──▶ dict ── validation ──▶ Recipe (frozen)
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Part = Literal["train", "val", "test"]
+
+
+class BadInput(Exception):
+    """Something a person must mend: `problems` holds every one found, each a full sentence with its place."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Iterable[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Lora(_Section):
+    rank: int = Field(16, ge=1)
+    """Rank of the update matrices."""
+    alpha: float = Field(32, gt=0)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout probability on the adapter's input."""
+    modules: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+    """Linear layers to adapt. A plain name is looked for in the language model only; a name with a dot is
+    a pattern for the whole path, e.g. `visual.blocks.*.attn.qkv`. One that matches nothing is an error."""
+
+
+class Model(_Section):
+    name: str = Field(min_length=1)
+    """Hub id, local folder, or `tiny-qwen2-vl` / `tiny-qwen3-vl` (random weights, for trying things out)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    tune: Literal["lora", "full"] = "lora"
+    """`lora`: adapters on a frozen language model; `full`: all of the language model."""
+    train_vision: bool = False
+    """Train the vision tower too (without its mergers)."""
+    train_merger: bool = False
+    """Train the merger(s) between vision tower and language model too."""
+    lora: Lora = Lora()
+    attn: Literal["auto", "sdpa", "flex"] = "auto"
+    """Attention over trees: `flex` (FlexAttention, CUDA only) or `sdpa`; `auto` takes flex on CUDA."""
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _known_tune(cls, value: object) -> object:
+        if value == "qlora":
+            raise ValueError("qlora is not available yet; use lora (frozen base in bf16) or full")
+        return value
+
+
+class Split(_Section):
+    by: Literal["official", "image", "group"] = "official"
+    """`official`: the split that comes with the data (a corpus's own, or the `split` column or the files'
+    names of a table); `image` or `group`: by a hash of the image or of the `group` column, so that no
+    image or group is in two parts and adding rows moves none."""
+    val: float = Field(0.15, ge=0, lt=1)
+    """Share of images or groups for validation (not for `official`)."""
+    test: float = Field(0.15, ge=0, lt=1)
+    """Share of images or groups for the test (not for `official`)."""
+    seed: int = Field(42, ge=0)
+    """Seed of the hash."""
+
+
+class Data(_Section):
+    format: Literal["demo", "jsonl", "csv", "parquet", "kvasir_vqa", "endovis18_vqa"]
+    """How the data is laid out: see docs/datasets.md."""
+    path: str | None = None
+    """File, folder or hub id; relative paths start at the working folder. Only `demo` needs none."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    split: Split = Split()
+    workers: int | None = Field(None, ge=0)
+    """Processes that read images ahead, per training process; null: chosen from the cores at hand."""
+
+
+class Prompt(_Section):
+    system: str | None = None
+    """System message; null leaves what the model's own chat template puts there."""
+    instructions: dict[str, str] = {}
+    """Question type → text put after the question, on a line of its own."""
+
+
+class Image(_Section):
+    mode: Literal["letterbox", "native"] = "letterbox"
+    """`letterbox`: a square canvas, aspect kept, centred; `native`: aspect kept, no padding."""
+    size: int | None = Field(None, ge=28, le=8192)
+    """Side of the square in pixels (letterbox), snapped to the model's factor: 28 or 32."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Most image tokens (native); larger images are scaled down to fit, none is scaled up."""
+    fill: str = "black"
+    """Colour around a letterboxed image: a CSS name or #rrggbb."""
+
+    @field_validator("fill")
+    @classmethod
+    def _known_colour(cls, value: str) -> str:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(value)
+        except ValueError:
+            raise ValueError(f"{value!r} is not a colour; use a CSS name such as black, or #rrggbb") from None
+        return value
+
+
+class Batch(_Section):
+    questions: int = Field(64, ge=1)
+    """Questions per optimizer step, over all processes together."""
+    questions_per_image: int = Field(8, ge=1)
+    """Most questions of one image in one group; 1 is the classical independent batch."""
+    tokens_per_micro_batch: int = Field(8192, ge=16)
+    """Most tokens in one forward pass of one process; changes memory and speed, never the result."""
+    trees: bool = True
+    """Share each image among its questions; false gives one row per question, for comparison."""
+
+
+class Loss(_Section):
+    per: Literal["token", "question"] = "token"
+    """`token`: every answer token weighs the same; `question`: every answer weighs the same."""
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """Weigh questions by how rare their answer is in train: `inverse` of its count, or of the `effective`
+    number (1 - b^n) / (1 - b) with b = 0.999 (Cui et al., CVPR 2019); the mean weight is 1."""
+
+
+class Train(_Section):
+    epochs: int = Field(3, ge=1)
+    """Passes over the training questions."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all; when given, it decides instead of `epochs`."""
+    lr: float = Field(2.0e-4, gt=0)
+    """Peak learning rate of the language model or its adapters."""
+    lr_vision: float | None = Field(None, gt=0)
+    """Peak learning rate of the vision tower; null: `lr`."""
+    lr_merger: float | None = Field(None, gt=0)
+    """Peak learning rate of the mergers; null: `lr`."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up; cosine and linear end at 0."""
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of all steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decay, on matrices only."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients longer than this are scaled down to it."""
+    seed: int = Field(42, ge=0)
+    """Seed of the order, of dropout and of new weights."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic; what trains is kept in fp32 either way."""
+    gradient_checkpointing: bool = True
+    """Recompute layers in the backward pass to save memory."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: object) -> object:
+        if value == "fp16":
+            raise ValueError("fp16 overflows in Qwen's activations; use bf16 or fp32")
+        return value
+
+
+class Eval(_Section):
+    every: float | None = Field(None, gt=0)
+    """Evaluate every so many steps (above 1) or this share of an epoch (1 or less); null: only at the end."""
+    split: Part = "val"
+    """Part to evaluate during training."""
+    questions: int | None = Field(None, ge=1)
+    """How many questions of it, a seeded choice; null: all."""
+    metric: Literal["exact"] = "exact"
+    """What `keep_best` compares."""
+    keep_best: bool = True
+    """Keep the best checkpoint, and use it for the final evaluation."""
+    final: Part | None = "test"
+    """Part to evaluate when training ends; null: none."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer, in tokens."""
+
+
+class Checkpoint(_Section):
+    every: int | None = Field(None, ge=1)
+    """Save every so many steps; null: only at the end and where evaluation finds a new best."""
+    keep: int = Field(2, ge=2)
+    """How many of the newest to keep, beside the best."""
+
+
+class Log(_Section):
+    trace: bool = False
+    """Write trace.jsonl: ids, supervised tokens and exact loss of every step."""
+
+
+class Recipe(_Section):
+    """One experiment. Build it with `load`; `dump` writes it with every default filled in."""
+
+    model: Model
+    data: Data
+    prompt: Prompt = Prompt()
+    image: Image
+    batch: Batch = Batch()
+    loss: Loss = Loss()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    output: str = Field(min_length=1)
+    """The run's folder."""
+
+    def steps_per_epoch(self, questions: int) -> int:
+        """Optimizer steps in one pass over `questions` training questions; the last may be partial."""
+        return -(-questions // self.batch.questions)
+
+    def total_steps(self, questions: int) -> int:
+        return self.train.max_steps or self.train.epochs * self.steps_per_epoch(questions)
+
+    def dump(self) -> str:
+        """The recipe as YAML with every key, which `load` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: Recipe) -> list[str]:
+        """`key: ours → theirs` for each key in which two recipes differ."""
+        ours, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        return [
+            f"{key}: {ours.get(key)!r} → {theirs.get(key)!r}"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply overrides such as `train.lr=1e-4`.
+
+    Raises BadInput listing every problem, each as `file: key: what is wrong`.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as a recipe: {error}") from None
+    return parse(text, overrides, where=str(path))
+
+
+def parse(text: str, overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
+    """`load` for text already in memory; `where` begins each problem."""
+    try:
+        tree = yaml.load(text, _Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise BadInput(f"{where}: a recipe is a set of keys (model, data, image, ...), not {_shown(tree)}")
+    problems = [f"{where}: {problem}" for override in overrides for problem in _override(tree, override)]
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems += [f"{where}: {_problem(detail)}" for detail in error.errors()]
+    if recipe is not None:
+        problems += [f"{where}: {contradiction}" for contradiction in _contradictions(recipe)]
+    if recipe is None or problems:
+        raise BadInput(problems)
+    return recipe
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """What no single key shows: keys that exclude or need each other."""
+    found = []
+    image, data, model, train = recipe.image, recipe.data, recipe.model, recipe.train
+    if image.mode == "letterbox":
+        if image.size is None:
+            found.append("image.size: missing; mode letterbox needs the side of its square canvas, e.g. 768")
+        if image.max_tokens is not None:
+            found.append("image.max_tokens: is for mode native; mode letterbox takes image.size")
+    else:
+        if image.max_tokens is None:
+            found.append("image.max_tokens: missing; mode native needs the most tokens an image may have")
+        if image.size is not None:
+            found.append("image.size: is for mode letterbox; mode native takes image.max_tokens")
+        if image.fill != "black":
+            found.append("image.fill: is for mode letterbox; mode native pads nothing")
+    if data.format != "demo" and data.path is None:
+        found.append(f"data.path: missing; format {data.format} needs the place of the data")
+    if data.split.val + data.split.test >= 1:
+        found.append("data.split: val and test together leave nothing to train on")
+    if data.split.by == "official" and data.split != Split():
+        found.append('data.split: val, test and seed are for by "image" or "group", not for "official"')
+    if recipe.batch.questions_per_image > recipe.batch.questions:
+        found.append("batch.questions_per_image: is larger than batch.questions, which bounds every group")
+    if train.lr_vision is not None and not model.train_vision:
+        found.append("train.lr_vision: the vision tower does not train; set model.train_vision: true")
+    if train.lr_merger is not None and not model.train_merger:
+        found.append("train.lr_merger: the merger does not train; set model.train_merger: true")
+    if model.tune == "full" and model.lora != Lora():
+        found.append("model.lora: is for tune: lora, but tune is full")
+    if model.revision is not None and model.name.startswith("tiny-"):
+        found.append("model.revision: a tiny model has none")
+    return found
+
+
+def _problem(detail: Mapping[str, Any]) -> str:
+    """One pydantic error as `key: what is wrong`."""
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_suggestion(tuple(map(str, detail['loc'])))}"
+    if detail["type"] == "missing":
+        return f"{path}: missing"
+    if detail["type"] == "value_error":
+        return f"{path}: {detail['ctx']['error']}"
+    return f"{path}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {_shown(detail['input'])}"
+
+
+def _suggestion(path: tuple[str, ...]) -> str:
+    """The nearest key of the same section, or the same key where it belongs."""
+    section: Any = Recipe
+    for part in path[:-1]:
+        section = section.model_fields[part].annotation
+    close = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.6)
+    if close:
+        return f', did you mean "{close[0]}"?'
+    elsewhere = [key for key in _all_keys(Recipe) if key.split(".")[-1] == path[-1]]
+    return f', did you mean "{elsewhere[0]}"?' if elsewhere else f"; known here: {', '.join(section.model_fields)}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys += _all_keys(annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def reference() -> str:
+    """Every key with its default and meaning, as a Markdown table: the body of docs/recipe.md."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for key in _all_keys(Recipe):
+        section: Any = Recipe
+        *parents, name = key.split(".")
+        for parent in parents:
+            section = section.model_fields[parent].annotation
+        field = section.model_fields[name]
+        default = "required" if field.is_required() else f"`{yaml.safe_dump(field.default, default_flow_style=True).split(chr(10))[0]}`"
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        rows.append(f"| `{key}` | {default} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _override(tree: dict[str, Any], override: str) -> list[str]:
+    """Set `a.b=value` in the tree of keys; returns what is wrong with the override's form."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        return [f"override {override!r}: write it as key=value, e.g. train.lr=1e-4"]
+    try:
+        parsed = yaml.load(value, _Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        return [f"override {override!r}: not a YAML value: {' '.join(str(error).split())}"]
+    *parents, name = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[name] = parsed
+    return []
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema: `1e-4` is a number, `yes` and `18:00` are text, a key given twice is an error."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)

@@ -1,0 +1,147 @@
+"""Model folders: a hub id, a local folder or a tiny model's name → a checked folder on disk.
+
+    name, revision ── find ──▶ Folder(path, family, patch, merge, ...)   small files only, no weights
+    Folder ── with_weights ──▶ Folder                                     and its safetensors
+
+Only safetensors and JSON are ever read; code in a model folder is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgvqa.demo.tiny import TINY_MODELS, write_tiny_model
+from surgvqa.recipe import BadInput
+
+FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen3_vl": "Qwen3-VL"}
+
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja"]
+
+
+def cache_folder() -> Path:
+    """Where generated data and tiny models are kept: `$SURGVQA_CACHE`, else `~/.cache/surgvqa`."""
+    return Path(os.environ.get("SURGVQA_CACHE") or Path.home() / ".cache" / "surgvqa")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model folder whose configuration and vocabulary have been found sound."""
+
+    path: Path
+    name: str
+    revision: str | None
+    family: str
+    """A key of FAMILIES: the folder's `model_type`."""
+    patch: int
+    """Side of a vision patch, in pixels."""
+    merge: int
+    """Patches per side that become one token."""
+    special: Mapping[str, int]
+    """The ids that the configuration gives image and vision tokens."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels per token and side; canvases are multiples of it."""
+        return self.patch * self.merge
+
+    @property
+    def tiny(self) -> bool:
+        return self.name in TINY_MODELS
+
+
+def find(name: str, revision: str | None = None) -> Folder:
+    """Locate a model and check everything but its weights. Raises BadInput saying what is wrong with it."""
+    if name in TINY_MODELS:
+        path = write_tiny_model(name, cache_folder() / f"{name}-v1")
+    elif Path(name).is_dir():
+        path = Path(name)
+    else:
+        path = _download(name, revision, _SMALL_FILES)
+    config = _json(path / "config.json", f"{name} is not a model folder")
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise BadInput(
+            f"{name}: model_type is {family!r}; surgvqa trains Qwen2-VL (qwen2_vl) and Qwen3-VL (qwen3_vl)"
+        )
+    if not (path / "tokenizer.json").is_file() and not (
+        (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
+    ):
+        raise BadInput(
+            f"{name}: no vocabulary: neither tokenizer.json nor vocab.json with merges.txt is in {path}. "
+            "Copy the tokenizer files of the original model into the folder"
+        )
+    _json(path / "preprocessor_config.json", f"{name}: the image processor's settings are missing")
+    vision = config.get("vision_config", {})
+    return Folder(
+        path=path,
+        name=name,
+        revision=revision,
+        family=family,
+        patch=int(vision.get("patch_size", 14 if family == "qwen2_vl" else 16)),
+        merge=int(vision.get("spatial_merge_size", 2)),
+        special={
+            "<|image_pad|>": int(config.get("image_token_id", 151655)),
+            "<|vision_start|>": int(config.get("vision_start_token_id", 151652)),
+            "<|vision_end|>": int(config.get("vision_end_token_id", 151653)),
+        },
+    )
+
+
+def with_weights(folder: Folder) -> Path:
+    """The folder's path once all its safetensors are there; hub models are fetched now.
+
+    Raises BadInput naming the files that are missing.
+    """
+    path = folder.path
+    if not Path(folder.name).is_dir():
+        path = _download(folder.name, folder.revision, [*_SMALL_FILES, "*.safetensors"])
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(_json(index, f"{folder.name}: unreadable index")["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    missing = [shard for shard in shards if not (path / shard).is_file()]
+    if missing:
+        raise BadInput(
+            f"{folder.name}: weights missing: {', '.join(missing[:5])}"
+            f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''} not in {path}"
+        )
+    return path
+
+
+def guess_factor(name: str) -> int:
+    """`Folder.factor` from a model's name or local configuration, without fetching anything."""
+    if (Path(name) / "config.json").is_file():
+        return find(name).factor
+    return 32 if "qwen3" in name.lower() else 28
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise BadInput(f"model.name: {name!r} is neither a folder here nor a hub id such as owner/name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise BadInput(
+            f"{name}{at}: not in the local cache and could not be fetched ({str(error).splitlines()[0]}). "
+            "On a node without internet, download it beforehand where there is one, into the same HF_HOME"
+        ) from None
+
+
+def _json(path: Path, failure: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{failure}: {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{failure}: {path} does not hold an object")
+    return content

@@ -1,0 +1,203 @@
+"""Models: loaded whole or not at all, frozen and adapted as the recipe says, with parts that can be counted.
+
+    Folder ── build ──▶ Qwen2-VL / Qwen3-VL, tree attention, patch embedding as a matrix product
+           ── adapt ──▶ frozen parts, LoRA adapters, fp32 masters for whatever trains
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgvqa import attention
+from surgvqa.hub import Folder, with_weights
+from surgvqa.recipe import BadInput
+
+Part = Literal["vision", "merger", "deepstack", "language", "lm_head", "adapters"]
+PARTS: tuple[Part, ...] = ("vision", "merger", "deepstack", "language", "lm_head", "adapters")
+
+
+class _PatchProjection(nn.Module):
+    """A Conv3d whose stride is its kernel, as the matrix product that it is; same parameters, same names."""
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(patches, channels, 2, side, side) → (patches, width)"""
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
+def model_class(family: str) -> Any:
+    """transformers' class for a key of hub.FAMILIES."""
+    from transformers import Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+
+    return {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}[family]
+
+
+def build(
+    folder: Folder, *, dtype: torch.dtype = torch.float32, seed: int = 0, weights: Path | None = None
+) -> Any:
+    """The model with its weights: of the folder, of the folder `weights`, or random ones for a tiny model.
+
+    Raises BadInput where a weight is missing, left over or of another shape.
+    """
+    from transformers import AutoConfig
+
+    cls = model_class(folder.family)
+    if weights is None and folder.tiny:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(AutoConfig.from_pretrained(folder.path)).to(dtype)
+    else:
+        model = _load_whole(cls, weights or with_weights(folder), folder.name, dtype)
+    embed = model.model.visual.patch_embed
+    embed.proj = _PatchProjection(embed.proj)
+    model.config.text_config._attn_implementation = attention.NAME
+    return model.eval()
+
+
+def _load_whole(cls: Any, path: Path, name: str, dtype: torch.dtype) -> Any:
+    try:
+        model, info = cls.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise BadInput(f"{name}: weights in {path} cannot be loaded: {' '.join(str(error).split())}") from error
+    problems = []
+    for kind, keys in (("missing", info["missing_keys"]), ("not of this model", info["unexpected_keys"])):
+        if keys:
+            problems.append(f"{name}: {len(keys)} weights {kind}, e.g. {', '.join(sorted(map(str, keys))[:3])}")
+    for key, found, expected in sorted(info["mismatched_keys"])[:5]:
+        problems.append(f"{name}: {key} is {tuple(found)} in the file, {tuple(expected)} by config.json")
+    if problems:
+        raise BadInput(problems)
+    return model
+
+
+def adapt(
+    model: Any,
+    *,
+    tune: str,
+    train_vision: bool,
+    train_merger: bool,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    modules: Sequence[str] = (),
+    seed: int = 0,
+    adapter: Path | None = None,
+) -> Any:
+    """Freeze, add adapters, and make fp32 masters of what trains; in place, and wrapped by PEFT for `lora`.
+
+    `adapter` is a folder to read adapters from. Raises BadInput for a pattern that matches nothing.
+    """
+    trains: dict[Part, bool] = {
+        "vision": train_vision,
+        "merger": train_merger,
+        "deepstack": train_merger,
+        "language": tune == "full",
+        "lm_head": tune == "full",
+        "adapters": True,
+    }
+    if tune == "lora":
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        else:
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules=lora_targets(model, modules),
+                modules_to_save=_saved_whole(model, train_vision, train_merger) or None,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        # PEFT keeps the untrained original of a module it saves whole: it takes no part.
+        parameter.requires_grad_(trains[part_of(name)] and ".original_module." not in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def lora_targets(model: Any, modules: Sequence[str]) -> list[str]:
+    """Full names of the linear layers that the recipe's `model.lora.modules` mean."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets: dict[str, None] = {}
+    problems = []
+    for pattern in modules:
+        if "." in pattern:
+            glob = re.compile(fnmatch.translate(f"*{pattern}"))
+            matched = [name for name in linear if glob.match(name)]
+        else:
+            matched = [name for name in linear if ".language_model." in name and name.endswith(f".{pattern}")]
+        if not matched:
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear if ".language_model." in name})
+            problems.append(
+                f"model.lora.modules: {pattern!r} matches no linear layer; the language model has {', '.join(known)}"
+            )
+        targets.update(dict.fromkeys(matched))
+    if problems:
+        raise BadInput(problems)
+    return list(targets)
+
+
+def _saved_whole(model: Any, train_vision: bool, train_merger: bool) -> list[str]:
+    """Modules that train beside the adapters, by the names PEFT stores them under."""
+    if train_vision:
+        return ["visual"]
+    if not train_merger:
+        return []
+    mergers = getattr(model.model.visual, "deepstack_merger_list", ())
+    return ["visual.merger", *(f"deepstack_merger_list.{index}" for index in range(len(mergers)))]
+
+
+def part_of(name: str) -> Part:
+    """The part of the model that a parameter belongs to, by its name."""
+    if "lora_" in name:
+        return "adapters"
+    if "deepstack_merger_list" in name:
+        return "deepstack"
+    if "visual.merger" in name or ("visual." in name and ".merger." in name):
+        return "merger"
+    if "visual." in name:
+        return "vision"
+    return "lm_head" if "lm_head" in name else "language"
+
+
+def count(model: Any) -> dict[Part, tuple[int, int]]:
+    """(all, trainable) parameters of each part that there is; a tied lm_head counts with the embedding."""
+    counts: dict[Part, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue
+        part = part_of(name)
+        total, trainable = counts.get(part, (0, 0))
+        counts[part] = total + parameter.numel(), trainable + parameter.numel() * parameter.requires_grad
+    return {part: counts[part] for part in PARTS if part in counts}
+
+
+def base(model: Any) -> Any:
+    """The Qwen model inside PEFT's wrapping, adapters in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def image_features(model: Any, patches: Tensor, grids: Tensor) -> Any:
+    """What the vision tower makes of images, in the form that `mm_encoder_outputs` takes."""
+    return base(model).model.get_image_features(patches, grids, return_dict=True)

@@ -1,0 +1,127 @@
+"""Which questions meet in which optimizer step: a pure function, so there is nothing to fast-forward.
+
+    questions of an epoch, in order:  a3 a1 │ c2 │ b5 b1 b2 │ a2 a4 │ …     groups of one image, shuffled
+    steps of exactly `questions`:     └──── step 0 ────┘└── step 1 ──…      a group may be cut at the edge
+    trees of a step:                  {a3 a1} {c2} {b5 b1} → ranks → micro-batches
+
+The order depends on neither the number of processes nor the size of micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64s = NDArray[np.int64]
+Tree = list[int]
+"""Question numbers that share an image."""
+
+
+def epoch_order(image: Int64s, questions_per_image: int, seed: int, epoch: int) -> tuple[Int64s, Int64s]:
+    """All questions in the order of an epoch, and the number of each one's group (rising along the order).
+
+    Each image's questions are shuffled and cut into groups of at most `questions_per_image`; the groups
+    are shuffled. `image` (questions,) tells which questions share an image.
+    """
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    by_image = np.lexsort((rng.random(len(image)), image))
+    sorted_image = image[by_image]
+    first = np.r_[True, sorted_image[1:] != sorted_image[:-1]]
+    rank_in_image = np.arange(len(image)) - np.flatnonzero(first)[np.cumsum(first) - 1]
+    group = np.cumsum(rank_in_image % questions_per_image == 0) - 1
+    place_of_group = np.argsort(rng.random(int(group[-1]) + 1))
+    place = np.empty_like(place_of_group)
+    place[place_of_group] = np.arange(len(place_of_group))
+    shuffled = np.argsort(place[group], kind="stable")
+    return by_image[shuffled], place[group][shuffled]
+
+
+@dataclass(eq=False)
+class Plan:
+    """The whole run's order. Questions are numbered as in `image` and `branch_tokens`."""
+
+    image: Int64s
+    """(questions,) number of each question's image."""
+    branch_tokens: Int64s
+    """(questions,) length of each branch."""
+    root_tokens: Int64s
+    """(images,) length of each root."""
+    questions: int
+    questions_per_image: int
+    tokens_per_micro_batch: int
+    seed: int
+    trees: bool = True
+    _orders: dict[int, tuple[Int64s, Int64s]] = field(default_factory=dict, repr=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.image) // self.questions)
+
+    def too_long(self) -> list[int]:
+        """Questions that do not fit a micro-batch even alone with their image."""
+        alone = self.root_tokens[self.image] + self.branch_tokens
+        return [int(question) for question in np.flatnonzero(alone > self.tokens_per_micro_batch)]
+
+    def step(self, step: int) -> list[Tree]:
+        """The trees of optimizer step `step`; one question each where `trees` is off."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = epoch_order(self.image, self.questions_per_image, self.seed, epoch)
+        order, group = self._orders[epoch]
+        here = slice(within * self.questions, (within + 1) * self.questions)
+        if not self.trees:
+            return [[int(question)] for question in order[here]]
+        edges = np.flatnonzero(np.diff(group[here])) + 1
+        return [[int(question) for question in tree] for tree in np.split(order[here], edges)]
+
+    def share(self, trees: Sequence[Tree], world: int) -> list[list[list[Tree]]]:
+        """[rank][micro-batch] → trees: every rank gets the same number of micro-batches, some maybe empty.
+
+        Longest first to the least loaded rank, then first fit into micro-batches. A tree that is too
+        long for one is cut into several with the same root.
+        """
+        pieces = sorted(
+            ((self.tokens(piece), piece) for tree in trees for piece in self._cut(tree)),
+            key=lambda sized: (-sized[0], sized[1]),
+        )
+        load = [0] * world
+        ranks: list[list[list[Tree]]] = [[] for _ in range(world)]
+        room: list[list[int]] = [[] for _ in range(world)]
+        for tokens, piece in pieces:
+            rank = load.index(min(load))
+            load[rank] += tokens
+            for index, free in enumerate(room[rank]):
+                if tokens <= free:
+                    break
+            else:
+                index = len(room[rank])
+                room[rank].append(self.tokens_per_micro_batch)
+                ranks[rank].append([])
+            room[rank][index] -= tokens
+            ranks[rank][index].append(piece)
+        most = max(map(len, ranks))
+        return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in ranks]
+
+    def tokens(self, tree: Tree) -> int:
+        """Length of a tree: its image once and its branches."""
+        return int(self.root_tokens[self.image[tree[0]]] + self.branch_tokens[tree].sum())
+
+    def _cut(self, tree: Tree) -> list[Tree]:
+        pieces: list[Tree] = [[]]
+        for question in tree:
+            if pieces[-1] and self.tokens([*pieces[-1], question]) > self.tokens_per_micro_batch:
+                pieces.append([])
+            pieces[-1].append(question)
+        return pieces
+
+
+def trees_of(image: Int64s) -> list[Tree]:
+    """All questions, each image's as one tree, in order of first appearance: for evaluation."""
+    trees: dict[int, Tree] = {}
+    for question, number in enumerate(image.tolist()):
+        trees.setdefault(number, []).append(question)
+    return list(trees.values())

@@ -1,0 +1,226 @@
+"""Examples as tokens: the only place that knows chat templates.
+
+A conversation is cut at its last `<|vision_end|>`:
+
+    root    <|im_start|>system … <|im_end|> <|im_start|>user <|vision_start|> image × n <|vision_end|>
+    branch  question (instruction) <|im_end|> <|im_start|>assistant answer <|im_end|>
+            ├────────────────── prompt ──────────────────────────┤├─ supervised ─┤
+
+Special tokens cut the text before byte-pair merges are made, so the tokens of root and branch are those of
+the whole conversation; this is checked on every example. Positions are those of M-RoPE (Qwen2-VL, Wang et
+al. 2024, section 2.1): text counts up in all three axes, an image of h × w tokens starting at p takes
+(p, p + row, p + column), and what follows continues at p + max(h, w).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from surgvqa.datasets import Example
+from surgvqa.hub import Folder
+from surgvqa.recipe import BadInput
+
+Ints = NDArray[np.int32]
+
+_QUESTION, _ANSWER = "\ufdd0question\ufdd1", "\ufdd0answer\ufdd1"  # noncharacters: in no real text
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """What the questions of an image share."""
+
+    ids: Ints
+    """(tokens,)"""
+    positions: Ints
+    """(3, tokens): temporal, row, column."""
+    next_position: int
+    """Where each branch starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A question and its answer; or, as a child of one, a candidate answer alone (`prompt` is 0)."""
+
+    ids: Ints
+    """(tokens,)"""
+    prompt: int
+    """Tokens before the answer."""
+    answer: int
+    """Supervised tokens: the answer and its end of turn."""
+    children: tuple[Branch, ...] = ()
+
+    @property
+    def asked(self) -> Branch:
+        """The branch up to where the model is to answer."""
+        return Branch(self.ids[: self.prompt], self.prompt, 0)
+
+
+class ChatTokens:
+    """A model's tokenizer, chat template and image processor, with the recipe's prompts."""
+
+    def __init__(
+        self, folder: Folder, *, system: str | None = None, instructions: Mapping[str, str] | None = None
+    ) -> None:
+        from transformers import AutoTokenizer
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.folder = folder
+        self.system = system
+        self.instructions = dict(instructions or {})
+        self.tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+        self.tokenizer.chat_template = _chat_template(folder, self.tokenizer.chat_template)
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.path)
+        self._special = frozenset(self.tokenizer.get_added_vocab())
+        wrong = [
+            f"{folder.name}: the tokenizer gives {token} the id {self.tokenizer.convert_tokens_to_ids(token)}, "
+            f"config.json says {expected}"
+            for token, expected in folder.special.items()
+            if self.tokenizer.convert_tokens_to_ids(token) != expected
+        ]
+        if wrong:
+            raise BadInput(wrong)
+        self.end_of_turn: int = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.stop_ids = (self.end_of_turn, self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+        whole = self.render(self._conversation(_QUESTION, _ANSWER))
+        root, cut, branch = whole.rpartition("<|vision_end|>")
+        self._root_text = root + cut
+        self._before, found, rest = branch.partition(_QUESTION)
+        self._between, answer_found, self._after = rest.partition(_ANSWER)
+        prompt = self.render(self._conversation(_QUESTION), add_generation_prompt=True)
+        if not (cut and found and answer_found and whole.startswith(prompt) and prompt.endswith(self._between)):
+            raise BadInput(f"{folder.name}: its chat template does not put image, question and answer in that order")
+        self._roots: dict[int, Ints] = {}
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+        """Messages as text, by the model's own chat template; an image is one `<|image_pad|>`."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def root(self, grids: Iterable[tuple[int, int]]) -> Root:
+        """The shared tokens of images of `(rows, columns)` tokens each."""
+        grids = list(grids)
+        image_token = self.folder.special["<|image_pad|>"]
+        if len(grids) not in self._roots:
+            conversation = self.render(self._conversation(_QUESTION, images=len(grids)))
+            text, cut, _ = conversation.rpartition("<|vision_end|>")
+            self._roots[len(grids)] = self._encode([text + cut])[0]
+        short = self._roots[len(grids)]
+        repeats = np.ones(len(short), np.int64)
+        repeats[short == image_token] = [rows * columns for rows, columns in grids]
+        ids = np.repeat(short, repeats)
+        positions = np.empty((3, len(ids)), np.int32)
+        at, position = 0, 0
+        sizes = iter(grids)
+        for token in short:
+            if token == image_token:
+                rows, columns = next(sizes)
+                span = positions[:, at : at + rows * columns]
+                span[0] = position
+                span[1] = position + np.repeat(np.arange(rows), columns)
+                span[2] = position + np.tile(np.arange(columns), rows)
+                at, position = at + rows * columns, position + max(rows, columns)
+            else:
+                positions[:, at] = position
+                at, position = at + 1, position + 1
+        return Root(ids, positions, position)
+
+    def question_text(self, example: Example) -> str:
+        """The question as the model reads it: with its type's instruction on a line of its own."""
+        instruction = self.instructions.get(example.question_type)
+        return f"{example.question}\n{instruction}" if instruction else example.question
+
+    def branches(self, examples: Sequence[Example]) -> list[Branch]:
+        """One branch for each example, answering `answers[0]`. Raises BadInput listing every bad example."""
+        questions = [self.question_text(example) for example in examples]
+        answers = [example.answers[0].strip() for example in examples]
+        problems = [
+            f"{example.place or example.id}: holds the special token {token}, which would break the conversation"
+            for example, question, answer in zip(examples, questions, answers, strict=True)
+            if "<" in question or "<" in answer
+            for token in sorted(self._special)
+            if token in question or token in answer
+        ]
+        if problems:
+            raise BadInput(problems)
+        pairs = dict.fromkeys(zip(questions, answers, strict=True))
+        prompts = [self._before + question + self._between for question, _ in pairs]
+        texts = [prompt + answer + self._after for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
+        lead = self._encode([self._root_text])[0]
+        made = {}
+        for pair, text, ids, prompt, whole in zip(
+            pairs,
+            texts,
+            self._encode(texts),
+            self._encode(prompts),
+            self._encode([self._root_text + text for text in texts]),
+            strict=True,
+        ):
+            answer_end = int(np.flatnonzero(ids == self.end_of_turn)[-1]) + 1
+            if (
+                self.render(self._conversation(*pair)) != self._root_text + text
+                or not np.array_equal(np.concatenate([lead, ids]), whole)
+                or not np.array_equal(ids[: len(prompt)], prompt)
+            ):
+                first = examples[list(zip(questions, answers, strict=True)).index(pair)]
+                raise BadInput(
+                    f"{first.place or first.id}: question and answer cannot be cut from their conversation: "
+                    f"{len(lead)} + {len(ids)} tokens against {len(whole)}, {len(prompt)} of them prompt"
+                )
+            made[pair] = Branch(ids, len(prompt), answer_end - len(prompt))
+        return [made[pair] for pair in zip(questions, answers, strict=True)]
+
+    def conversation(self, example: Example) -> list[dict[str, Any]]:
+        """The whole conversation as messages for the model's chat template."""
+        return self._conversation(
+            self.question_text(example), example.answers[0].strip(), images=len(example.images)
+        )
+
+    def _conversation(self, question: str, answer: str | None = None, images: int = 1) -> list[dict[str, Any]]:
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+        asked = [*system, {"role": "user", "content": content}]
+        return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
+
+    def patches(self, canvas: Image.Image) -> NDArray[np.float32]:
+        """(patches, channels × 2 × patch × patch) of a canvas, by transformers' own image processor."""
+        processed = self.image_processor(images=[canvas], do_resize=False, return_tensors="np")
+        return np.asarray(processed["pixel_values"], np.float32)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Generated ids as an answer."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each token as text, for showing."""
+        return [str(self.tokenizer.decode([int(token)])) for token in ids]
+
+    def save(self, folder: Any) -> None:
+        """Write tokenizer, template and image processor beside weights, as transformers reads them."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def _encode(self, texts: Sequence[str]) -> list[Ints]:
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, padding=False)["input_ids"]
+        return [np.asarray(ids, np.int32) for ids in encoded]
+
+
+def _chat_template(folder: Folder, from_tokenizer: str | None) -> str:
+    """The folder's template: chat_template.jinja, else chat_template.json, else the tokenizer's own."""
+    jinja, wrapped = folder.path / "chat_template.jinja", folder.path / "chat_template.json"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    if wrapped.is_file():
+        return str(json.loads(wrapped.read_text(encoding="utf-8"))["chat_template"])
+    if from_tokenizer:
+        return from_tokenizer
+    raise BadInput(f"{folder.name}: no chat template in {folder.path}")

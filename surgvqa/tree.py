@@ -1,0 +1,235 @@
+"""Questions of one image as a tree, trees as a pack: one sequence that shares what can be shared.
+
+                  segment:  root                  branch 1   branch 2    child 2.1
+    tokens in the pack      r0 r1 r2 … r599       a0 a1 a2   b0 b1 b2 b3 c0 c1       next tree …
+    positions (M-RoPE)      0 … 28                29 30 31   29 30 31 32 33 34       0 …
+    last (where it ends     ─ end of the tree ─   ─ end ──   end of 2.1  ─ end ─
+     to be visible)
+
+Token i sees token j iff j <= i < last[j]: its own segment's past and its ancestors, nothing else. Segments
+lie in depth-first order, so one number per token says it all, for any depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from surgvqa.datasets import Example
+from surgvqa.letterbox import Canvas, draw, open_rgb
+from surgvqa.recipe import BadInput
+from surgvqa.tokens import Branch, ChatTokens, Root
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One root and its branches; a weight for each answer, in depth-first order of the branches."""
+
+    root: Root
+    branches: Sequence[Branch]
+    weights: Sequence[float]
+    """Weight of each supervised token of the n-th answer."""
+    patches: NDArray[np.float32]
+    """(patches, values) of the root's images, one after the other."""
+    grids: Sequence[tuple[int, int]]
+    """(rows, columns) of each image, in patches."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Trees as tensors, ready for a forward pass of batch size 1. Shapes in `tokens`, `targets`, …"""
+
+    ids: Tensor
+    """(1, tokens)"""
+    positions: Tensor
+    """(3, 1, tokens)"""
+    last: Tensor
+    """(tokens,): token j is visible up to before `last[j]`."""
+    spans: tuple[tuple[int, int, int], ...]
+    """(start, end of root, end) of each tree."""
+    keep: Tensor
+    """(1, tokens) true where a logit is needed."""
+    ends: Tensor
+    """(branches,) last token of each branch, in depth-first order."""
+    pick: Tensor
+    """(targets,) which of the kept logits predicts each target."""
+    targets: Tensor
+    """(targets,) token ids."""
+    weights: Tensor
+    """(targets,) fp32."""
+    patches: Tensor
+    """(patches, values)"""
+    grids: Tensor
+    """(images, 3): 1, rows, columns in patches."""
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
+
+    def to(self, device: torch.device) -> Pack:
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            for field in fields(self)
+            if field.name != "spans"
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Pack:
+        """Called by the DataLoader where a copy to a GPU will follow."""
+        pinned = {
+            field.name: getattr(self, field.name).pin_memory()
+            for field in fields(self)
+            if field.name != "spans"
+        }
+        return replace(self, **pinned)
+
+    def without_weight(self) -> Pack:
+        """The same computation that adds nothing to loss and gradients."""
+        return replace(self, weights=torch.zeros_like(self.weights))
+
+    def mask(self) -> Tensor:
+        """(tokens, tokens) true where row sees column: the reference for every attention path."""
+        index = torch.arange(self.tokens, device=self.last.device)
+        return (index[None, :] <= index[:, None]) & (index[:, None] < self.last[None, :])
+
+
+def pack(trees: Sequence[Tree]) -> Pack:
+    """Lay trees one after the other."""
+    ids: list[NDArray[np.int32]] = []
+    positions: list[NDArray[np.int32]] = []
+    last: list[NDArray[np.int64]] = []
+    spans: list[tuple[int, int, int]] = []
+    ends: list[int] = []
+    sources: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    at = 0
+
+    def add(branch: Branch, parent_end: int, position: int, tree_weights: Iterator[float]) -> None:
+        """Append a branch and, behind it, its children; `parent_end` is the token that it continues."""
+        nonlocal at
+        start, slot = at, len(last)
+        ids.append(branch.ids)
+        steps = position + np.arange(len(branch.ids), dtype=np.int32)
+        positions.append(np.broadcast_to(steps, (3, len(steps))))
+        last.append(np.empty(len(branch.ids), np.int64))
+        at += len(branch.ids)
+        ends.append(at - 1)
+        weight = next(tree_weights) if branch.answer else 0.0
+        for index in range(branch.prompt, branch.prompt + branch.answer):
+            sources.append(start + index - 1 if index else parent_end)
+            targets.append(int(branch.ids[index]))
+            weights.append(weight)
+        own_end = at - 1
+        for child in branch.children:
+            add(child, own_end, position + len(branch.ids), tree_weights)
+        last[slot][:] = at
+
+    for tree in trees:
+        start = at
+        slot = len(last)
+        ids.append(tree.root.ids)
+        positions.append(tree.root.positions)
+        last.append(np.empty(len(tree.root.ids), np.int64))
+        at += len(tree.root.ids)
+        root_end = at
+        tree_weights = iter(tree.weights)
+        for branch in tree.branches:
+            add(branch, root_end - 1, tree.root.next_position, tree_weights)
+        last[slot][:] = at
+        spans.append((start, root_end, at))
+    kept, pick = np.unique(np.asarray(sources, np.int64), return_inverse=True)
+    keep = torch.zeros((1, at), dtype=torch.bool)
+    keep[0, torch.from_numpy(kept)] = True
+    return Pack(
+        ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None],
+        last=torch.from_numpy(np.concatenate(last)),
+        spans=tuple(spans),
+        keep=keep,
+        ends=torch.tensor(ends, dtype=torch.int64),
+        pick=torch.from_numpy(pick.astype(np.int64)),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        patches=torch.from_numpy(np.concatenate([tree.patches for tree in trees])),
+        grids=torch.tensor(
+            [(1, rows, columns) for tree in trees for rows, columns in tree.grids], dtype=torch.int64
+        ),
+    )
+
+
+class Questions:
+    """The questions of one part: lengths known, images still on disk.
+
+    Picklable, so that data workers can pack ahead.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        chat: ChatTokens,
+        canvases: Mapping[str, Canvas],
+        *,
+        fill: str = "black",
+        weights: NDArray[np.float64] | None = None,
+        per: str = "token",
+    ) -> None:
+        """`canvases` maps image keys; `weights` (questions,) are class weights; `per` as in the recipe."""
+        self.examples = examples
+        self.chat = chat
+        self.canvases = canvases
+        self.fill = fill
+        self.branches = chat.branches(examples)
+        answer_tokens = np.array([branch.answer for branch in self.branches], np.float64)
+        question_weights = np.ones(len(examples)) if weights is None else weights
+        self.token_weights = question_weights / answer_tokens if per == "question" else question_weights
+        """(questions,) weight of each of a question's supervised tokens."""
+        self.total_weights = self.token_weights * answer_tokens
+        """(questions,) weight of the whole question."""
+        self.answer_tokens = answer_tokens.astype(np.int64)
+        numbers: dict[str, int] = {}
+        self.image = np.array(
+            [numbers.setdefault(example.image_key, len(numbers)) for example in examples], np.int64
+        )
+        shown = {example.image_key: example for example in examples}
+        self.root_tokens = np.array([len(self._root(shown[key]).ids) for key in numbers], np.int64)
+        self.branch_tokens = np.array([len(branch.ids) for branch in self.branches], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def tree(self, questions: Sequence[int], *, asked: bool = False) -> Tree:
+        """The tree of questions that share their images; `asked` leaves the answers off, for decoding.
+
+        Raises BadInput naming an image that can no longer be read.
+        """
+        example = self.examples[questions[0]]
+        patches = []
+        for image in example.images:
+            try:
+                canvas = draw(open_rgb(image.read()), self.canvases[image.key], self.fill)
+            except (OSError, ValueError) as error:
+                raise BadInput(f"image {image.key}: {error}") from error
+            patches.append(self.chat.patches(canvas))
+        branches = [self.branches[question] for question in questions]
+        return Tree(
+            root=self._root(example),
+            branches=[branch.asked for branch in branches] if asked else branches,
+            weights=[float(self.token_weights[question]) for question in questions],
+            patches=np.concatenate(patches),
+            grids=[self.canvases[image.key].grid(self.chat.folder.patch) for image in example.images],
+        )
+
+    def pack(self, trees: Sequence[Sequence[int]], *, asked: bool = False) -> Pack:
+        """Trees of question numbers as one pack."""
+        return pack([self.tree(tree, asked=asked) for tree in trees])
+
+    def _root(self, example: Example) -> Root:
+        merge = self.chat.folder.merge
+        grids = [self.canvases[image.key].grid(self.chat.folder.patch) for image in example.images]
+        return self.chat.root((rows // merge, columns // merge) for rows, columns in grids)

@@ -10,7 +10,9 @@ dataclasses below are the reference of every key; `docs/recipe.md` is made from 
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +31,21 @@ class BadInput(Exception):
     def __init__(self, problems: Iterable[str] | str) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+def explain(error: BadInput) -> int:
+    """Print every problem to stderr, each on a line of its own; returns the exit code.
+
+    All processes of a run find the same problems: only the main one lists them.
+    """
+    rank = os.environ.get("RANK", "0")
+    problems = [" ".join(problem.splitlines()) for problem in error.problems]
+    if rank == "0":
+        print(*problems, sep="\n", file=sys.stderr)
+    else:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        print(f"[rank {rank}] stopped: {problems[0]}{more}", file=sys.stderr)
+    return error.exit_code
 
 
 class _Section(BaseModel):

@@ -12,13 +12,15 @@ lie in depth-first order, so one number per token says it all, for any depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from surgvqa.datasets import Example
 from surgvqa.letterbox import Canvas, draw, open_rgb
@@ -233,3 +235,40 @@ class Questions:
         merge = self.chat.folder.merge
         grids = [self.canvases[image.key].grid(self.chat.folder.patch) for image in example.images]
         return self.chat.root((rows // merge, columns // merge) for rows, columns in grids)
+
+
+Label = TypeVar("Label")
+
+
+def packs(
+    questions: Questions,
+    jobs: Iterable[tuple[Label, Sequence[Sequence[int]]]],
+    *,
+    asked: bool = False,
+    workers: int = 0,
+    pin: bool = False,
+) -> Iterable[tuple[Label, Pack]]:
+    """Pack the trees of each `(label, trees)` in order, ahead of need where there are workers."""
+    return DataLoader(
+        _Packing(questions, asked),
+        batch_size=None,
+        sampler=jobs,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=pin,
+    )
+
+
+class _Packing(Dataset[tuple[Label, Pack]], Generic[Label]):
+    """A map from a job to its pack, which is what a DataLoader wants."""
+
+    def __init__(self, questions: Questions, asked: bool) -> None:
+        self.questions, self.asked = questions, asked
+
+    def __getitem__(self, job: tuple[Label, Sequence[Sequence[int]]]) -> tuple[Label, Pack]:
+        label, trees = job
+        return label, self.questions.pack(trees, asked=self.asked)
+
+
+def _unchanged(item: tuple[Label, Pack]) -> tuple[Label, Pack]:
+    return item

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 
-from surgvqa import attention, checkpoint, metrics, model, recipe
+from surgvqa import checkpoint, metrics, model, recipe
 from surgvqa.decode import greedy
 from surgvqa.metrics import Prediction, Prior
 from surgvqa.plan import Plan, trees_of
-from surgvqa.prepare import Prepared, prepare
+from surgvqa.prepare import Prepared, prepare, processes
 from surgvqa.recipe import BadInput, Part
 from surgvqa.tree import Questions, packs
 
@@ -154,7 +153,7 @@ def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ())
 
     Raises BadInput where the folder holds no run or no checkpoint that verifies.
     """
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = processes()
     console = Console(quiet=not accelerator.is_main_process)
     if not (run / "recipe.yaml").is_file():
         raise BadInput(f"{run}: no recipe.yaml here; give the output folder of a training run")

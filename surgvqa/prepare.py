@@ -8,12 +8,15 @@ Training, evaluation and `surgvqa show` begin with this, so they all see the sam
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from numpy.typing import NDArray
 
 from surgvqa import audit, datasets, hub, letterbox
@@ -93,7 +96,7 @@ class Prepared:
         return np.array([weights[normalise(example.answers[0])] for example in examples])
 
 
-def prepare(recipe: Recipe, accelerator: Any = None, *, progress: bool = False) -> Prepared:
+def prepare(recipe: Recipe, accelerator: Accelerator | None = None, *, progress: bool = False) -> Prepared:
     """Read and check everything but the weights, on every process.
 
     Images are decoded by the main process alone, which tells the others. Raises BadInput with all errors.
@@ -121,7 +124,27 @@ def prepare(recipe: Recipe, accelerator: Any = None, *, progress: bool = False) 
     return Prepared(recipe, folder, chat, dataset, canvases, [str(problem) for problem in problems])
 
 
-def main_first(accelerator: Any, work: Callable[[], Result]) -> Result:
+def processes() -> Accelerator:
+    """This process among those that a launcher started. Raises BadInput where they did not find each other.
+
+    Mixed precision is the recipe's and done by the trainer itself.
+    """
+    cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise BadInput(
+            f"the launcher started {expected} processes, but each of them is alone; "
+            "use one of accelerate_configs/ or torchrun"
+        )
+    return accelerator
+
+
+def main_first(accelerator: Accelerator | None, work: Callable[[], Result]) -> Result:
     """`work()` of the main process, on every process; what it raises as BadInput is raised on all."""
     if accelerator is None or accelerator.num_processes == 1:
         return work()

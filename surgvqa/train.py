@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -33,7 +34,7 @@ from surgvqa.evaluate import attention_of, autocast_of, predict, workers_of
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prior
 from surgvqa.plan import Plan, Tree
-from surgvqa.prepare import Prepared, main_first, prepare
+from surgvqa.prepare import Prepared, main_first, prepare, processes
 from surgvqa.recipe import BadInput, Recipe
 from surgvqa.tree import Questions, packs
 
@@ -69,10 +70,7 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
 
     Raises BadInput before the model loads for anything that a person must mend.
     """
-    accelerator = Accelerator(
-        mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    accelerator = processes()
     main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     _log_as(rank)
     console = Console(quiet=not main)
@@ -165,7 +163,7 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
             asked = [question for tree in plan.step(step) for question in tree]
             if job.index == 0:
                 # Dropout's numbers depend on the step and the process, so no random state needs saving.
-                torch.manual_seed(hash((settings.train.seed, step, rank)) % 2**63)
+                torch.manual_seed(_seed(settings.train.seed, step, rank))
                 weight = float(questions.total_weights[asked].sum())
             pack = (pack.without_weight() if job.weightless else pack).to(accelerator.device)
             at_last = job.index == job.count - 1
@@ -335,6 +333,11 @@ def _jobs(plan: Plan, start: int, total: int, rank: int, world: int) -> Iterator
         for index, micro_batch in enumerate(mine):
             job = Job(step, index, len(mine), weightless=not micro_batch)
             yield job, micro_batch or [trees[0][:1]]
+
+
+def _seed(*numbers: int) -> int:
+    """One seed of several numbers, the same everywhere."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _new_model(settings: Recipe, folder: hub.Folder) -> Any:

@@ -51,9 +51,9 @@ class ImageRef:
         if self.path is not None:
             return self.path.read_bytes()
         cell = self.table[self.row][self.column]
-        if cell["bytes"] is not None:
-            return bytes(cell["bytes"])
-        return Path(cell["path"]).read_bytes()
+        if not cell or not cell["bytes"]:
+            raise OSError(f"row {self.row + 1} holds no image")
+        return bytes(cell["bytes"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,207 @@
+"""What is wrong with a data set, found before a model is loaded.
+
+    Dataset ── audit ──▶ Audit(problems, sizes)        problems ── report ──▶ text
+
+Every distinct image is decoded once, completely, as training will decode it. The sizes that this yields are
+what canvases, and so token counts, are planned from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import get_args
+
+from surgvqa.datasets import Dataset, Example, ImageRef, Problem
+from surgvqa.letterbox import Size, open_rgb, plan_canvas
+from surgvqa.recipe import Part
+
+PARTS: tuple[Part, ...] = get_args(Part)
+
+_SHOWN = 5
+"""How many of a long list a message names."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    problems: list[Problem]
+    """The data set's own and those found here, errors first."""
+    sizes: dict[str, Size]
+    """Image key → width and height in pixels, EXIF orientation applied; only of images that are sound."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    size: Size
+    digest: bytes
+
+
+def audit(
+    dataset: Dataset,
+    *,
+    mode: str,
+    size: int | None,
+    max_tokens: int | None,
+    factor: int,
+    by: str = "official",
+    progress: bool = False,
+) -> Audit:
+    """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
+
+    The image arguments are those of `letterbox.plan_canvas`; `by` is the recipe's data.split.by: a split by
+    image may put a group in two parts, which is a warning then. `progress` shows a bar on stderr. Images are
+    decoded in one thread per core, so as many are in memory at once.
+    """
+    uses: dict[str, list[Example]] = defaultdict(list)
+    refs: dict[str, ImageRef] = {}
+    for example in dataset.examples:
+        for ref in example.images:
+            refs.setdefault(ref.key, ref)
+            uses[ref.key].append(example)
+
+    def check(ref: ImageRef) -> _Image | str:
+        try:
+            data = ref.read()
+            image = open_rgb(data)
+            plan_canvas(image.size, mode=mode, size=size, max_tokens=max_tokens, factor=factor)
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
+        except ValueError as error:
+            return str(error)
+        return _Image(image.size, hashlib.sha256(data).digest())
+
+    found: dict[str, _Image] = {}
+    problems = list(dataset.problems)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        results = _shown(pool.map(check, refs.values()), len(refs), progress)
+        for key, result in zip(refs, results, strict=True):
+            if isinstance(result, _Image):
+                found[key] = result
+            else:
+                problems.append(_broken(key, result, uses[key]))
+    problems += _parts(dataset)
+    problems += _leaks(uses, by)
+    problems += _copies(found, uses)
+    problems += _unseen_answers(dataset)
+    problems += _conflicts(dataset)
+    problems.sort(key=lambda problem: problem.warning)
+    return Audit(problems, {key: image.size for key, image in found.items()})
+
+
+def report(problems: Iterable[Problem]) -> str:
+    """The problems as text: errors first, each on one line, and a last line with how many there are."""
+    ordered = sorted(problems, key=lambda problem: problem.warning)
+    lines = [f"{'warning' if problem.warning else 'error'}: {_one_line(str(problem))}" for problem in ordered]
+    warnings = sum(problem.warning for problem in ordered)
+    counts = f"{_count(len(ordered) - warnings, 'error')}, {_count(warnings, 'warning')}"
+    return "\n".join([*lines, counts])
+
+
+def _broken(key: str, why: str, examples: Sequence[Example]) -> Problem:
+    places = ", ".join(example.place for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
+    return Problem(f"image {key}", f"{why} ({_count(len(examples), 'question')}: {places})")
+
+
+def _parts(dataset: Dataset) -> Iterator[Problem]:
+    for part in PARTS:
+        if not dataset.part(part):
+            yield Problem(part, "holds no questions", warning=part != "train")
+
+
+def _leaks(uses: Mapping[str, Sequence[Example]], by: str) -> Iterator[Problem]:
+    """Images or groups with questions in more than one part."""
+    image_parts = {key: {example.split for example in examples} for key, examples in uses.items()}
+    group_parts: dict[str, set[Part | None]] = defaultdict(set)
+    for examples in uses.values():
+        for example in examples:
+            if example.group and example.group not in uses:  # a group that is an image is told of as one
+                group_parts[example.group].add(example.split)
+    cure = "the test would be on what was trained on; set data.split.by to group, or mend the split"
+    yield from _leak("images", image_parts, cure, warning=False)
+    yield from _leak("groups", group_parts, cure, warning=by == "image")
+
+
+def _leak(what: str, parts_of: Mapping[str, set[Part | None]], cure: str, warning: bool) -> Iterator[Problem]:
+    leaking = [name for name, parts in parts_of.items() if len(parts - {None}) > 1]
+    if leaking:
+        counts = Counter(" and ".join(part for part in PARTS if part in parts_of[name]) for name in leaking)
+        between = "; ".join(f"{count} in {parts}" for parts, count in counts.items())
+        what = (
+            f"{len(leaking)} of {len(parts_of)} {what} are in two parts or more ({between}): {_some(leaking)}"
+        )
+        yield Problem("split", f"{what}; {cure}", warning)
+
+
+def _copies(found: Mapping[str, _Image], uses: Mapping[str, Sequence[Example]]) -> Iterator[Problem]:
+    """Images under different names but with the same bytes, in more than one part."""
+    names: dict[bytes, list[str]] = defaultdict(list)
+    for key, image in found.items():
+        names[image.digest].append(key)
+    leaking = []
+    for first, *others in names.values():
+        parts = {example.split for example in uses[first]}
+        elsewhere = [key for key in others if any(example.split not in parts for example in uses[key])]
+        leaking += [f"{first} = {key}" for key in elsewhere[:1]]
+    if leaking:
+        what = (
+            f"{_count(len(leaking), 'picture')} in two parts or more under different names: {_some(leaking)}"
+        )
+        yield Problem("split", what, warning=True)
+
+
+def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
+    """Answers of val and test that training cannot teach."""
+    trained = {example.answers[0] for example in dataset.part("train")}
+    for part in PARTS[1:]:
+        examples = dataset.part(part)
+        unseen = Counter(example.answers[0] for example in examples if trained.isdisjoint(example.answers))
+        if trained and unseen:
+            listed = ", ".join(f"{answer!r} ({count})" for answer, count in unseen.most_common(_SHOWN))
+            more = ", ..." if len(unseen) > _SHOWN else ""
+            have = "has" if unseen.total() == 1 else "have"
+            what = f"{unseen.total()} of {len(examples)} questions {have} an answer never seen in train"
+            yield Problem(part, f"{what}: {listed}{more}", warning=True)
+
+
+def _conflicts(dataset: Dataset) -> Iterator[Problem]:
+    """Questions asked twice about one image, with different answers."""
+    answers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    place: dict[tuple[str, str], str] = {}
+    for example in dataset.examples:
+        asked = example.image_key, example.question
+        answers[asked].add(example.answers[0])
+        place.setdefault(asked, example.place)
+    conflicting = [asked for asked, given in answers.items() if len(given) > 1]
+    if conflicting:
+        listed = ", ".join(
+            f"{question!r} on {image} at {place[image, question]}" for image, question in conflicting[:_SHOWN]
+        )
+        more = ", ..." if len(conflicting) > _SHOWN else ""
+        what = f"{_count(len(conflicting), 'question')} asked again about the same image, with another answer"
+        yield Problem("answers", f"{what}: {listed}{more}", warning=True)
+
+
+def _shown(results: Iterator[_Image | str], total: int, progress: bool) -> Iterable[_Image | str]:
+    if not progress:
+        return results
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(results, "images", total, console=Console(stderr=True), transient=True)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _one_line(text: str) -> str:
+    """Line breaks and control characters, which file names may hold, written as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

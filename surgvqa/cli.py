@@ -1,0 +1,114 @@
+"""The `surgvqa` command. Each subcommand imports what it needs when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from surgvqa import recipe
+from surgvqa.recipe import BadInput
+
+
+def check(argv: Sequence[str]) -> int:
+    """Read recipes and their data and list everything that is wrong; imports no torch."""
+    parser = argparse.ArgumentParser("surgvqa check", description=check.__doc__)
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipe files; key=value overrides may follow")
+    given = parser.parse_intermixed_args(argv)
+    overrides = [word for word in given.recipes if "=" in word and not Path(word).exists()]
+    files = [word for word in given.recipes if word not in overrides]
+    if not files:
+        parser.error("give at least one recipe")
+    failed = 0
+    for file in files:
+        try:
+            problems = _problems(recipe.load(file, overrides))
+        except BadInput as error:
+            recipe.explain(error)
+            failed = error.exit_code
+            continue
+        if any(not problem.warning for problem in problems):
+            failed = BadInput.exit_code
+        from surgvqa.audit import report
+
+        print(f"{file}: {report(problems)}")
+    return failed
+
+
+def _problems(settings: recipe.Recipe):  # type: ignore[no-untyped-def]
+    from surgvqa import audit, datasets, hub
+
+    data, image = settings.data, settings.image
+    split = data.split
+    dataset = datasets.load(
+        data.format, data.path, data.revision, by=split.by, val=split.val, test=split.test, seed=split.seed
+    )
+    factor = hub.guess_factor(settings.model.name)
+    return audit.audit(
+        dataset, mode=image.mode, size=image.size, max_tokens=image.max_tokens, factor=factor, by=split.by, progress=True
+    ).problems
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train a recipe in this process, or with --gpus on the GPUs of this machine."""
+    if any(word == "--gpus" or word.startswith("--gpus=") for word in argv):
+        parser = argparse.ArgumentParser("surgvqa train")
+        parser.add_argument("--gpus", metavar="N|all", help="start accelerate launch on so many GPUs")
+        given, rest = parser.parse_known_args(argv)
+        from surgvqa.launch import launch
+
+        try:
+            launch(given.gpus, rest)
+        except BadInput as error:
+            return recipe.explain(error)
+    from surgvqa.train import main
+
+    return main(argv)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Answer and score a part of a run's data with its best checkpoint."""
+    from surgvqa.evaluate import main
+
+    return main(argv)
+
+
+def show(argv: Sequence[str]) -> int:
+    """Show what the model sees of an image and its questions: canvas, tokens, positions, labels."""
+    parser = argparse.ArgumentParser("surgvqa show", description=show.__doc__)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    parser.add_argument("--index", type=int, default=0, help="which image of the part, from 0")
+    parser.add_argument("--split", choices=["train", "val", "test"], default="train")
+    parser.add_argument("--out", type=Path, default=Path("show"), help="folder to write into")
+    given = parser.parse_intermixed_args(argv)
+    from rich.console import Console
+
+    from surgvqa.show import show as show_tree
+
+    try:
+        settings = recipe.load(given.recipe, given.overrides)
+        show_tree(settings, given.split, given.index, given.out, Console())
+    except BadInput as error:
+        return recipe.explain(error)
+    return 0
+
+
+COMMANDS = {"check": check, "show": show, "train": train, "evaluate": evaluate}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "surgvqa",
+        description="Fine-tune Qwen2-VL and Qwen3-VL on surgical visual question answering.",
+        epilog="`surgvqa COMMAND --help` tells what each takes.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0], add_help=False)
+    given, rest = parser.parse_known_args(argv)
+    return COMMANDS[given.command](rest)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

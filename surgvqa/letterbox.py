@@ -1,0 +1,266 @@
+"""From an image as stored to the canvas a model sees, and back again for boxes.
+
+    bytes ── source_size ──▶ (width, height) ── plan_canvas ──▶ Canvas
+    bytes ── open_rgb ─────▶ PIL image ──────── draw ─────────▶ PIL image of exactly the canvas's size
+
+A canvas follows from the source's size alone, so the number of image tokens is known from the header.
+The image is resized once, straight from the source, to sides that are multiples of the model's factor
+(patch × merge: 28 pixels for Qwen2-VL, 32 for Qwen3-VL), so that no processor resizes it again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+MAX_PIXELS = 89_000_000
+"""Larger images are refused before they are decoded. PIL itself begins to warn just above this."""
+
+MAX_ASPECT = 200
+"""Qwen's processors refuse longer images (`smart_resize` in transformers)."""
+
+FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        JpegImageFile,
+        PngImageFile,
+        BmpImageFile,
+        TiffImageFile,
+        WebPImageFile,
+        GifImageFile,
+        PpmImageFile,
+    )
+)
+"""Tried on every file, whatever its name says. For some of the others PIL would start another program."""
+
+Size = tuple[int, int]
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A canvas of `width` × `height` pixels and the affine map that puts the source image on it.
+
+    x on the canvas = x in the source × scale_x + offset_x, and the same for y. Coordinates run along pixel
+    edges: 0 is the left edge of the first pixel, `source_width` the right edge of the last.
+    """
+
+    width: int
+    height: int
+    scale_x: float
+    scale_y: float
+    offset_x: int
+    offset_y: int
+    source_width: int
+    source_height: int
+
+    @property
+    def drawn_size(self) -> Size:
+        """Width and height of the source image once it is on the canvas, in pixels."""
+        return round(self.source_width * self.scale_x), round(self.source_height * self.scale_y)
+
+    def tokens(self, factor: int) -> int:
+        """How many tokens the language model gets for this canvas."""
+        return (self.width // factor) * (self.height // factor)
+
+    def grid(self, patch: int) -> tuple[int, int]:
+        """Rows and columns of patches of `patch` pixels, as in the model's `image_grid_thw`."""
+        return self.height // patch, self.width // patch
+
+    def to_canvas(self, box: Box) -> Box:
+        """A box (x1, y1, x2, y2) of source pixels, in canvas pixels."""
+        x1, y1, x2, y2 = box
+        return (
+            x1 * self.scale_x + self.offset_x,
+            y1 * self.scale_y + self.offset_y,
+            x2 * self.scale_x + self.offset_x,
+            y2 * self.scale_y + self.offset_y,
+        )
+
+    def to_source(self, box: Box) -> Box:
+        """A box of canvas pixels, in source pixels; the inverse of `to_canvas`."""
+        x1, y1, x2, y2 = box
+        return (
+            (x1 - self.offset_x) / self.scale_x,
+            (y1 - self.offset_y) / self.scale_y,
+            (x2 - self.offset_x) / self.scale_x,
+            (y2 - self.offset_y) / self.scale_y,
+        )
+
+
+def snap(size: int, factor: int) -> int:
+    """The largest multiple of `factor` that is not above `size`, and at least one: 768 is 756 for 28."""
+    return max(1, size // factor) * factor
+
+
+def plan_canvas(
+    source_size: Size, *, mode: str, size: int | None, max_tokens: int | None, factor: int
+) -> Canvas:
+    """The canvas of an image of `source_size` (width, height; EXIF orientation applied).
+
+    `letterbox`: a square of side `snap(size, factor)`, the image scaled to fit and centred.
+    `native`: the image's own size rounded to multiples of `factor`, scaled down to at most `max_tokens`.
+    Raises ValueError for a native image that is longer than Qwen accepts.
+    """
+    width, height = source_size
+    if mode == "letterbox":
+        assert size is not None
+        side = snap(size, factor)
+        scale = side / max(width, height)
+        drawn = max(1, round(width * scale)), max(1, round(height * scale))
+        canvas = side, side
+    else:
+        assert max_tokens is not None
+        canvas = drawn = _native_size(width, height, max_tokens, factor)
+    return Canvas(
+        width=canvas[0],
+        height=canvas[1],
+        scale_x=drawn[0] / width,
+        scale_y=drawn[1] / height,
+        offset_x=(canvas[0] - drawn[0]) // 2,
+        offset_y=(canvas[1] - drawn[1]) // 2,
+        source_width=width,
+        source_height=height,
+    )
+
+
+def _native_size(width: int, height: int, max_tokens: int, factor: int) -> Size:
+    """transformers' `smart_resize` without its lower bound, and with two promises kept for thin images.
+
+    There a side held at one token can leave more than `max_tokens`, and room can make the other side grow.
+    """
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"{width}×{height} is too long: Qwen refuses a side of over {MAX_ASPECT} times the other; "
+            "crop it, or use image.mode: letterbox"
+        )
+    columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
+    if columns * rows > max_tokens:
+        shrink = math.sqrt(width * height / (max_tokens * factor**2))
+        columns = min(columns, max(1, math.floor(width / shrink / factor)))
+        rows = min(rows, max(1, math.floor(height / shrink / factor)))
+        columns = max(1, min(columns, max_tokens // rows))
+        rows = min(rows, max_tokens // columns)
+    return columns * factor, rows * factor
+
+
+def source_size(data: bytes) -> Size:
+    """Width and height in pixels, EXIF orientation applied, from the header alone.
+
+    Raises ValueError with a plain message where the bytes are no image or it is too large.
+    """
+    image = _open(data)
+    turned = _TURNS.get(_orientation(image)) in _SWAPPING
+    return (image.height, image.width) if turned else image.size
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """Decode completely, turn as EXIF says, and convert to RGB as a viewer would show it.
+
+    16-bit grey keeps its top 8 bits' worth (65535 becomes 255). Transparent pixels are put on black, which
+    is what surrounds an endoscope's picture. Of an animation the first frame counts. Colour profiles are
+    not applied. Raises ValueError with a plain message where any of the bytes cannot be decoded.
+    """
+    image = _open(data)
+    turn = _TURNS.get(_orientation(image))  # before decoding: a decoded TIFF is already turned
+    try:
+        image.load()
+        image = _as_rgb(image)
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error on broken data
+        raise ValueError(f"cannot be decoded: {_reason(error)}") from None
+    return image if turn is None else image.transpose(turn)
+
+
+def draw(image: Image.Image, canvas: Canvas, fill: str) -> Image.Image:
+    """The image on its canvas, centred, `fill` (a PIL colour) around it. The one and only resize."""
+    if image.size != (canvas.source_width, canvas.source_height):
+        raise ValueError(
+            f"the canvas was planned for {canvas.source_width}×{canvas.source_height} pixels, "
+            f"but the image has {image.width}×{image.height}"
+        )
+    drawn = image.resize(canvas.drawn_size, Image.Resampling.BICUBIC)  # PIL averages when it scales down
+    if drawn.size == (canvas.width, canvas.height):
+        return drawn
+    result = Image.new("RGB", (canvas.width, canvas.height), fill)
+    result.paste(drawn, (canvas.offset_x, canvas.offset_y))
+    return result
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF tag 0x0112 → what makes the image upright."""
+
+_SWAPPING = {_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]}
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image with only its header read. Raises ValueError."""
+    if not data:
+        raise ValueError("is empty (0 bytes)")
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"is not an image (none of {', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"has more than {MAX_PIXELS // 10**6} million pixels, the most allowed") from None
+    except Exception as error:
+        raise ValueError(f"has a broken header: {_reason(error)}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"has {image.width}×{image.height} pixels, more than the {MAX_PIXELS // 10**6} million allowed"
+        )
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8 as the header gives it; 1 where there is none or it cannot be read."""
+    if image.format == "TIFF":
+        return 1  # PIL turns a TIFF itself, and gives its turned size from the start
+    try:
+        # The base class's method: PNG's own one decodes the image to look behind the pixels as well.
+        return int(Image.Image.getexif(image).get(0x0112, 1))
+    except Exception:  # a broken EXIF block does not make the pixels bad
+        return 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point; store it with 8 or 16 bits")
+    if image.has_transparency_data:
+        see_through = image.convert("RGBA")
+        black = Image.new("RGBA", see_through.size, "black")
+        return Image.alpha_composite(black, see_through).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits; PIL's own conversion would clip everything above 255 to white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its values do not fit 16 bits; store it with 8 or 16 bits")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    """An exception in one plain line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,164 @@
+"""What the model sees of one image and its questions: the canvas, and every token with its role.
+
+    surgvqa show RECIPE --index N ──▶ canvas-0.png …, tree.html, and the same in colours on the terminal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from rich.console import Console
+from rich.text import Text
+
+from surgvqa import letterbox
+from surgvqa.plan import trees_of
+from surgvqa.prepare import prepare
+from surgvqa.recipe import BadInput, Part, Recipe
+from surgvqa.tree import pack
+
+STYLES = {"root": "cyan", "prompt": "yellow", "supervised": "bold green", "rest": "dim"}
+
+
+@dataclass(frozen=True)
+class Token:
+    text: str
+    id: int
+    positions: tuple[int, int, int]
+    """Temporal, row, column."""
+    role: str
+    """A key of STYLES; `rest` is what follows the answer's end of turn."""
+    label: str = ""
+    """What this token is trained to predict, if anything."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    title: str
+    tokens: Sequence[Token]
+
+
+def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) -> None:
+    """Write and print what the model sees of the `index`-th image of a part (from 0).
+
+    Needs the model folder's small files, not its weights. Raises BadInput where there is no such image.
+    """
+    prepared = prepare(recipe)
+    questions = prepared.questions(part)
+    trees = trees_of(questions.image)
+    if not 0 <= index < len(trees):
+        raise BadInput(f"--index {index}: {part} has {len(trees)} images, 0 to {len(trees) - 1}")
+    chosen = trees[index][: recipe.batch.questions_per_image]
+    example = questions.examples[chosen[0]]
+    factor = prepared.folder.factor
+    out.mkdir(parents=True, exist_ok=True)
+    facts = []
+    for number, image in enumerate(example.images):
+        canvas = prepared.canvases[image.key]
+        file = out / f"canvas-{number}.png"
+        letterbox.draw(letterbox.open_rgb(image.read()), canvas, recipe.image.fill).save(file)
+        facts.append(
+            f"{image.key}: {canvas.source_width}×{canvas.source_height} → {canvas.width}×{canvas.height}, "
+            f"{canvas.width // factor}×{canvas.height // factor} = {canvas.tokens(factor)} tokens; {file}"
+        )
+    segments = _segments(questions, chosen)
+    page = out / "tree.html"
+    page.write_text(_PAGE.render(facts=facts, images=len(example.images), segments=segments), encoding="utf-8")
+    for line in facts:
+        console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
+    for segment in segments:
+        console.print(segment.title, style="bold", markup=False, highlight=False)
+        text = Text()
+        for token in _without_repeats(segment.tokens):
+            text.append(token.text.replace("\n", "↵\n"), STYLES[token.role])
+        console.print(text, soft_wrap=True)
+    legend = Text("roles: ")
+    for role, style in STYLES.items():
+        legend.append(f" {role} ", style)
+    console.print(legend)
+    console.print(f"every token with its position and label: {page}", markup=False, soft_wrap=True)
+
+
+def _segments(questions, chosen: Sequence[int]) -> list[Segment]:  # type: ignore[no-untyped-def]
+    """The tree as it is packed: read back from the tensors that a forward pass gets."""
+    tree = questions.tree(chosen)
+    packed = pack([tree])
+    ids = packed.ids[0].tolist()
+    texts = questions.chat.token_texts(ids)
+    positions = [(int(t), int(h), int(w)) for t, h, w in packed.positions[:, 0].T.tolist()]
+    kept = packed.keep[0].nonzero()[:, 0].tolist()
+    label = {
+        kept[pick]: questions.chat.token_texts([target])[0]
+        for pick, target in zip(packed.pick.tolist(), packed.targets.tolist(), strict=True)
+    }
+    supervised = {place + 1 for place in label}
+
+    def tokens(start: int, end: int, role: str) -> list[Token]:
+        made = []
+        for place in range(start, end):
+            if place in supervised:
+                here = "supervised"
+            else:
+                here = role if not made or made[-1].role not in ("supervised", "rest") else "rest"
+            made.append(Token(texts[place], ids[place], positions[place], here, label.get(place, "")))
+        return made
+
+    root_end = packed.spans[0][1]
+    segments = [Segment(f"root, {root_end} tokens, positions 0…{tree.root.next_position - 1}", tokens(0, root_end, "root"))]
+    start = root_end
+    for number, branch in zip(chosen, tree.branches, strict=True):
+        end = start + len(branch.ids)
+        example = questions.examples[number]
+        title = (
+            f"branch {example.id} ({example.question_type}), {len(branch.ids)} tokens, "
+            f"positions {positions[start][0]}…{positions[end - 1][0]}"
+        )
+        segments.append(Segment(title, tokens(start, end, "prompt")))
+        start = end
+    return segments
+
+
+def _without_repeats(tokens: Sequence[Token]) -> list[Token]:
+    """Runs of image tokens as one, for the terminal."""
+    shown: list[Token] = []
+    run = 0
+    for place, token in enumerate(tokens):
+        run += 1
+        if place + 1 < len(tokens) and tokens[place + 1].id == token.id and token.text.startswith("<|"):
+            continue
+        text = f"{token.text}×{run}" if run > 1 else token.text
+        shown.append(Token(text, token.id, token.positions, token.role))
+        run = 0
+    return shown
+
+
+_PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+    """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>What the model sees</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+img { max-width: 24rem; border: 1px solid #8888; margin-right: 1rem; }
+.token { display: inline-block; border-radius: 4px; margin: 2px; padding: 1px 5px; font: 13px monospace;
+         white-space: pre; vertical-align: top; }
+.token small { display: block; opacity: .7; font-size: 10px; }
+.root { background: #3aa5c840; } .prompt { background: #d9a40050; } .rest { background: #8883; }
+.supervised { background: #2fa84f; color: #fff; font-weight: 600; }
+</style>
+<h1>What the model sees</h1>
+{% for fact in facts %}<p>{{ fact }}</p>{% endfor %}
+{% for number in range(images) %}<img src="canvas-{{ number }}.png" alt="canvas {{ number }}">{% endfor %}
+<p><span class="token root">root</span><span class="token prompt">prompt</span>
+<span class="token supervised">supervised</span><span class="token rest">after the answer</span>
+Below each token: its id, its position (temporal, row, column), and → the token it is trained to predict.</p>
+{% for segment in segments %}<h2>{{ segment.title }}</h2><div>
+{%- for token in segment.tokens -%}
+<span class="token {{ token.role }}">{{ token.text.replace("\\n", "↵") }}<small>{{ token.id }} @ {{ token.positions | join(",") }}
+{%- if token.label %} → {{ token.label.replace("\\n", "↵") }}{% endif %}</small></span>
+{%- endfor -%}
+</div>{% endfor %}
+</html>
+"""
+)

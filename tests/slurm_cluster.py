@@ -1,0 +1,170 @@
+"""A real SLURM cluster for tests: munged, slurmctld and one slurmd per node, all of them on this machine.
+
+Each node has two CPUs and two `gpu` resources that are empty files: SLURM grants GPUs and CUDA finds none.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel"]
+
+_CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdSpoolDir={folder}/spool-%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+ReturnToService=2
+GresTypes=gpu
+PartitionName=all Nodes=ALL Default=YES
+"""
+_NODE = "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2\n"
+
+
+def missing() -> str:
+    """Why no cluster can run here; empty if one can."""
+    absent = [program for program in PROGRAMS if shutil.which(program) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)"
+    return "" if os.geteuid() == 0 else "slurmd must be started by root"
+
+
+@contextmanager
+def cluster(nodes: int = 1) -> Iterator[Cluster]:
+    """Start a cluster of `nodes` nodes, wait until it takes jobs, and end what was started on leaving."""
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path may have 107 characters
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.chmod(0o755)
+        host = socket.gethostname().split(".")[0]
+        names = [
+            host,
+            *(f"{host}-{number}" for number in range(2, nodes + 1)),
+        ]  # the first one's must resolve
+        _configure(folder, host, names)
+        environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+
+        def start(log: str, *command: str) -> None:
+            with (folder / f"{log}.log").open("w") as file:
+                process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                )
+            stack.callback(_end, process)
+
+        start("munged", "munged", "--foreground", "--num-threads=2", *_munge_files(folder))
+        _wait(lambda: (folder / "munge.socket").exists(), "munged opens its socket", folder)
+        start("slurmctld", "slurmctld", "-D")
+        for name in names:
+            start(f"slurmd-{name}", "slurmd", "-D", "-N", name)
+        running = Cluster(folder, environment)
+        _wait(
+            lambda: running.ask("sinfo", "--noheader", "-N", "-o", "%t").split() == ["idle"] * nodes,
+            "all nodes are idle",
+            folder,
+        )
+        stack.callback(running.cancel_all)
+        yield running
+
+
+class Cluster:
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self._folder = folder
+        self.environment = environment
+
+    def ask(self, *command: str) -> str:
+        """What a SLURM command prints; empty while the controller does not answer."""
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=60
+        ).stdout
+
+    def run(self, *arguments: str, cwd: Path, timeout: float = 120) -> str:
+        """Submit a batch job, wait for its end and return its state, such as COMPLETED or FAILED."""
+        command = ["sbatch", "--parsable", *arguments]
+        submitted = subprocess.run(
+            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60
+        )
+        assert submitted.returncode == 0, submitted.stderr
+        job = submitted.stdout.strip()
+        _wait(
+            lambda: self._state(job) not in ("PENDING", "RUNNING", "COMPLETING"),
+            f"job {job} ends",
+            self._folder,
+            timeout,
+        )
+        return self._state(job)
+
+    def cancel_all(self) -> None:
+        """End every job, and with it the processes that would outlive slurmd."""
+        self.ask("scancel", "--user=root")
+        _wait(lambda: not self.ask("squeue", "--noheader"), "the cancelled jobs end", self._folder)
+
+    def _state(self, job: str) -> str:
+        fields = dict(word.partition("=")[::2] for word in self.ask("scontrol", "show", "job", job).split())
+        return fields.get("JobState", "PENDING")
+
+
+def _configure(folder: Path, host: str, names: list[str]) -> None:
+    controller, *ports = _free_ports(1 + len(names))
+    conf = _CONF.format(host=host, controller=controller, folder=folder)
+    for name, port in zip(names, ports, strict=True):
+        conf += _NODE.format(name=name, port=port)
+    (folder / "slurm.conf").write_text(conf)
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+    for fake in ("gpu0", "gpu1"):
+        (folder / fake).touch()
+    (folder / "state").mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o600)
+
+
+def _munge_files(folder: Path) -> list[str]:
+    files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+    return [f"--{option}={folder}/munge.{suffix}" for option, suffix in files.items()]
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _wait(condition: Callable[[], bool], what: str, folder: Path, timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = "".join(
+                f"\n== {log.name}\n{log.read_text()[-2000:]}" for log in sorted(folder.glob("*.log"))
+            )
+            raise TimeoutError(f"waited {timeout:g} s and still not: {what}{logs}")
+        time.sleep(0.2)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

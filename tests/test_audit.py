@@ -1,0 +1,233 @@
+"""The audit finds broken images, leaks, unseen answers and conflicts, and says where."""
+
+from __future__ import annotations
+
+import re
+import tracemalloc
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from surgvqa.audit import Audit, audit, report
+from surgvqa.datasets import Dataset, Example, ImageRef, Problem, load
+from surgvqa.recipe import Part
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data"
+
+
+def check(dataset: Dataset, by: str = "official", mode: str = "letterbox") -> Audit:
+    native = mode == "native"
+    return audit(
+        dataset, mode=mode, size=None if native else 56, max_tokens=9 if native else None, factor=28, by=by
+    )
+
+
+def found(result: Audit) -> str:
+    return report(result.problems)
+
+
+class Builder:
+    """Examples on images of its own folder; an image not yet there is drawn in a colour of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.examples: list[Example] = []
+
+    def add(self, image: str, part: Part, answer: str = "yes", group: str = "", question: str = "Q?") -> None:
+        path = self.folder / image
+        if not path.exists():
+            Image.new("RGB", (40, 30), (len(list(self.folder.iterdir())), 0, 0)).save(path)
+        number = len(self.examples) + 1
+        ref = ImageRef(image, path=path)
+        self.examples.append(
+            Example(
+                str(number), (ref,), question, (answer,), group=group, split=part, place=f"q.jsonl:{number}"
+            )
+        )
+
+    def dataset(self, *problems: Problem) -> Dataset:
+        return Dataset(self.examples, problems)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Builder:
+    builder = Builder(tmp_path)
+    for part in ("train", "val", "test"):
+        builder.add(f"{part}.png", part, group=f"video of {part}")
+    return builder
+
+
+def test_sound_data(build: Builder) -> None:
+    result = check(build.dataset())
+    assert result.problems == []
+    assert result.sizes == {"train.png": (40, 30), "val.png": (40, 30), "test.png": (40, 30)}
+    assert found(result) == "0 errors, 0 warnings"
+
+
+def test_broken_images_are_named_with_their_questions(build: Builder) -> None:
+    good = BytesIO()
+    Image.effect_noise((64, 64), 80).save(good, "JPEG")
+    (build.folder / "cut.jpg").write_bytes(good.getvalue()[:-200])
+    (build.folder / "text.jpg").write_text("an error page")
+    (build.folder / "empty.jpg").touch()
+    Image.new("1", (9_900, 9_000)).save(build.folder / "bomb.png")
+    for name in ("cut.jpg", "text.jpg", "empty.jpg", "bomb.png"):
+        build.add(name, "train")
+    for _ in range(4):
+        build.add("cut.jpg", "train")
+    build.add("gone.png", "train")
+    (build.folder / "gone.png").unlink()
+    result = check(build.dataset())
+    lines = re.sub(r"\d+ bytes not processed", "n bytes not processed", found(result)).splitlines()
+    assert lines == [
+        "error: image cut.jpg: cannot be decoded: image file is truncated (n bytes not processed) "
+        "(5 questions: q.jsonl:4, q.jsonl:8, q.jsonl:9, ...)",
+        "error: image text.jpg: is not an image (none of JPEG, PNG, BMP, TIFF, WEBP, GIF, PPM) "
+        "(1 question: q.jsonl:5)",
+        "error: image empty.jpg: is empty (0 bytes) (1 question: q.jsonl:6)",
+        "error: image bomb.png: has 9900×9000 pixels, more than the 89 million allowed "
+        "(1 question: q.jsonl:7)",
+        "error: image gone.png: cannot be read: No such file or directory (1 question: q.jsonl:12)",
+        "5 errors, 0 warnings",
+    ]
+    assert sorted(result.sizes) == ["test.png", "train.png", "val.png"]
+
+
+def test_sizes_are_those_of_the_turned_image(build: Builder) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (50, 20)).save(build.folder / "turned.jpg", exif=exif)
+    build.add("turned.jpg", "train")
+    assert check(build.dataset()).sizes["turned.jpg"] == (20, 50)
+
+
+def test_an_image_too_long_for_native(build: Builder) -> None:
+    Image.new("RGB", (1000, 2)).save(build.folder / "thread.png")
+    build.add("thread.png", "train")
+    assert check(build.dataset()).problems == []
+    assert "error: image thread.png: 1000×2 is too long" in found(check(build.dataset(), mode="native"))
+
+
+def test_empty_parts(tmp_path: Path) -> None:
+    build = Builder(tmp_path)
+    build.add("a.png", "test")
+    assert found(check(build.dataset())).splitlines() == [
+        "error: train: holds no questions",
+        "warning: val: holds no questions",
+        "1 error, 1 warning",
+    ]
+
+
+def test_images_in_two_parts(build: Builder) -> None:
+    for number in range(7):
+        build.add(f"{number}.png", "train")
+        build.add(f"{number}.png", "test")
+    build.add("0.png", "val")
+    (line, counts) = found(check(build.dataset())).splitlines()
+    assert line.startswith(
+        "error: split: 7 of 10 images are in two parts or more "
+        "(1 in train and val and test; 6 in train and test): "
+        "0.png, 1.png, 2.png, 3.png, 4.png, ...; "
+    )
+    assert counts == "1 error, 0 warnings"
+
+
+def test_groups_in_two_parts_are_an_error_unless_the_split_is_by_image(build: Builder) -> None:
+    build.add("more.png", "test", group="video of train")
+    assert "error: split: 1 of 3 groups are in two parts" in found(check(build.dataset()))
+    assert "error: split: 1 of 3 groups" in found(check(build.dataset(), by="group"))
+    by_image = check(build.dataset(), by="image")
+    assert (
+        "warning: split: 1 of 3 groups are in two parts or more (1 in train and test): video of train"
+        in found(by_image)
+    )
+    assert found(by_image).endswith("0 errors, 1 warning")
+
+
+def test_copies_under_another_name(build: Builder) -> None:
+    (build.folder / "copy.png").write_bytes((build.folder / "train.png").read_bytes())
+    build.add("copy.png", "train")
+    assert check(build.dataset()).problems == []
+    build.examples.pop()
+    build.add("copy.png", "test")
+    assert (
+        "warning: split: 1 picture in two parts or more under different names: train.png = copy.png"
+        in found(check(build.dataset()))
+    )
+
+
+def test_answers_never_seen_in_train(build: Builder) -> None:
+    for answer in ("x", "x", "Yes"):
+        build.add("test.png", "test", answer, question=f"Q{len(build.examples)}?")
+    assert (
+        "warning: test: 3 of 4 questions have an answer never seen in train: 'x' (2), 'Yes' (1)\n"
+        in found(check(build.dataset()))
+    )
+
+
+def test_an_answer_with_a_reference_seen_in_train_is_seen(build: Builder) -> None:
+    ref = build.examples[2].images[0]
+    build.examples.append(Example("9", (ref,), "R?", ("no", "yes"), split="test", place="q.jsonl:9"))
+    assert check(build.dataset()).problems == []
+
+
+def test_conflicting_answers(build: Builder) -> None:
+    build.add("train.png", "train", "yes")
+    assert check(build.dataset()).problems == []
+    build.add("train.png", "train", "no")
+    assert found(check(build.dataset())).splitlines()[0] == (
+        "warning: answers: 1 question asked again about the same image, with another answer: "
+        "'Q?' on train.png at q.jsonl:1"
+    )
+
+
+def test_report_lists_errors_first_each_on_one_line() -> None:
+    problems = [
+        Problem("a", "w", warning=True),
+        Problem("b\nc", "bad \x1b[31m\udcff name"),
+        Problem("d", "größer"),
+    ]
+    assert report(problems) == (
+        "error: b\\nc: bad \\x1b[31m\\udcff name\nerror: d: größer\nwarning: a: w\n2 errors, 1 warning"
+    )
+    assert report([]) == "0 errors, 0 warnings"
+
+
+def test_the_readers_problems_are_part_of_the_audit(build: Builder) -> None:
+    result = check(build.dataset(Problem("q.jsonl:9", "answer is empty")))
+    assert found(result).splitlines() == ["error: q.jsonl:9: answer is empty", "1 error, 0 warnings"]
+
+
+def test_memory_stays_bounded(build: Builder) -> None:
+    """Encoded bytes are let go of: 60 files of 1 MB each must not add up."""
+    for number in range(60):
+        (build.folder / f"{number}.bmp").write_bytes(_bmp(580, 600, colour=number))
+        build.add(f"{number}.bmp", "train")
+    tracemalloc.start()
+    result = check(build.dataset())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(result.sizes) == 63
+    assert peak < 30e6
+
+
+def _bmp(width: int, height: int, colour: int) -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (width, height), (colour, 0, 0)).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def test_progress_goes_to_stderr(build: Builder, capsys: pytest.CaptureFixture[str]) -> None:
+    audit(build.dataset(), mode="letterbox", size=56, max_tokens=None, factor=28, progress=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_real_frames() -> None:
+    source = SHARED / "real_frames.jsonl"
+    if not source.exists():
+        pytest.skip("no real frames here; test_sound_data covers generated ones")
+    result = check(load("jsonl", str(source), by="image"), by="image")
+    assert len(result.sizes) == 19
+    assert not [problem for problem in result.problems if not problem.warning]

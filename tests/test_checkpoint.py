@@ -1,0 +1,115 @@
+"""Checkpoints: whole or not there; found by step; nothing that is needed is deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from surgvqa import checkpoint
+
+
+def write(folder: Path) -> None:
+    (folder / "weights").write_bytes(os.urandom(5000))
+    (folder / "state.json").write_text('{"step": 1}', encoding="utf-8")
+
+
+def saved(root: Path, *steps: int, keep: int = 2) -> list[str]:
+    for step in steps:
+        checkpoint.save(root, step, write, keep=keep)
+    return sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
+    assert saved(tmp_path, 1, 2) == ["step-000001", "step-000002"]
+    checkpoint.mark_best(tmp_path, 2, "exact", 0.5)
+    assert saved(tmp_path, 3, 4, 5) == ["step-000002", "step-000004", "step-000005"]
+    assert checkpoint.best(tmp_path) == {"step": 2, "metric": "exact", "value": 0.5}
+
+
+def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
+    for name in ("step-999999", "best", "step-1", "notes"):
+        (tmp_path / name).mkdir()
+    assert saved(tmp_path, 1, 2, 3) == ["best", "notes", "step-000002", "step-000003", "step-1", "step-999999"]
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-000003", [])
+
+
+def test_the_newest_is_chosen_by_step_not_by_time(tmp_path: Path) -> None:
+    saved(tmp_path, 5, 10)
+    os.utime(tmp_path / "step-000005", (2e9, 2e9))
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "step-000010"
+    assert checkpoint.newest(tmp_path / "nothing") == (None, [])
+
+
+def damage(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    if how == "deleted":
+        file.unlink()
+    else:
+        flipped = bytes([content[0] ^ 1]) + content[1:]
+        file.write_bytes({"truncated": content[:-1], "empty": b"", "flipped": flipped}[how])
+
+
+@pytest.mark.parametrize("name", ["weights", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "deleted"])
+def test_damage_is_found_by_name_and_an_older_one_is_taken(tmp_path: Path, name: str, how: str) -> None:
+    saved(tmp_path, 1, 2)
+    damage(tmp_path / "step-000002" / name, how)
+    newest, rejected = checkpoint.newest(tmp_path)
+    assert newest == tmp_path / "step-000001"
+    if (name, how) != ("manifest.json", "deleted"):  # without its manifest it is no checkpoint at all
+        assert len(rejected) == 1
+        assert f"step-000002: {name}: " in rejected[0]
+
+
+def test_a_failing_write_leaves_the_old_ones(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+
+    def fail(folder: Path) -> None:
+        (folder / "weights").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 3, fail, keep=2)
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-000002", [])
+    checkpoint.remove_leftovers(tmp_path)
+    assert saved(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_the_optimizer_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    def made() -> tuple[torch.nn.Module, torch.optim.AdamW, dict[torch.nn.Parameter, str]]:
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        names = {parameter: name for name, parameter in network.named_parameters()}
+        return network, torch.optim.AdamW(network.parameters(), lr=0.1), names
+
+    def step(network: torch.nn.Module, optimizer: torch.optim.AdamW) -> None:
+        optimizer.zero_grad()
+        network(torch.ones(5, 3)).square().sum().backward()
+        optimizer.step()
+
+    network, optimizer, names = made()
+    step(network, optimizer)
+    step(network, optimizer)
+    checkpoint.save_optimizer(tmp_path / "optimizer.safetensors", optimizer, names)
+    again, its_optimizer, its_names = made()
+    again.load_state_dict(network.state_dict())
+    checkpoint.load_optimizer(tmp_path / "optimizer.safetensors", its_optimizer, its_names)
+    step(network, optimizer)
+    step(again, its_optimizer)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    del its_names
+    with pytest.raises(KeyError):
+        checkpoint.load_optimizer(
+            tmp_path / "optimizer.safetensors", its_optimizer, {next(again.parameters()): "another.name"}
+        )
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    checkpoint.write_json(tmp_path / "a.json", {"x": 1})
+    checkpoint.write_json(tmp_path / "a.json", {"x": 2})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"x": 2}
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]

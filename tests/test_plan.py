@@ -1,0 +1,124 @@
+"""The order of questions: complete, exact, independent of processes and micro-batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from surgvqa.plan import Plan, epoch_order, trees_of
+
+
+def some_plan(seed: int = 0, **changes: object) -> Plan:
+    """297 questions on 40 images, 1 to 14 each."""
+    rng = np.random.default_rng(5)
+    image = rng.permutation(np.repeat(np.arange(40), rng.integers(1, 15, 40))).astype(np.int64)
+    branch = rng.integers(5, 60, len(image)).astype(np.int64)
+    root = rng.integers(20, 300, 40).astype(np.int64)
+    settings: dict[str, object] = {
+        "questions": 16, "questions_per_image": 4, "tokens_per_micro_batch": 700, "seed": seed, **changes,
+    }
+    return Plan(image, branch, root, **settings)  # type: ignore[arg-type]
+
+
+def epoch_of(plan: Plan, epoch: int) -> list[list[list[int]]]:
+    return [plan.step(epoch * plan.steps_per_epoch + step) for step in range(plan.steps_per_epoch)]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+@pytest.mark.parametrize("trees", [True, False])
+def test_every_question_once_per_epoch_and_exactly_as_many_per_step(epoch: int, trees: bool) -> None:
+    plan = some_plan(trees=trees)
+    steps = epoch_of(plan, epoch)
+    sizes = [sum(map(len, step)) for step in steps]
+    assert sizes[:-1] == [16] * (len(steps) - 1)
+    assert 0 < sizes[-1] <= 16
+    assert sorted(question for step in steps for tree in step for question in tree) == list(range(len(plan.image)))
+
+
+def test_a_tree_is_one_image_with_at_most_so_many_questions() -> None:
+    plan = some_plan()
+    for step in epoch_of(plan, 0):
+        for tree in step:
+            assert len(set(plan.image[tree])) == 1
+            assert len(tree) <= 4
+
+
+def test_groups_are_as_few_as_can_be() -> None:
+    image = some_plan().image
+    _, group = epoch_order(image, 4, seed=0, epoch=0)
+    assert len(set(group.tolist())) == sum(-(-count // 4) for count in Counter(image.tolist()).values())
+
+
+def test_one_question_per_image_is_the_independent_batch() -> None:
+    plan = some_plan(questions_per_image=1)
+    order, group = epoch_order(plan.image, 1, seed=0, epoch=0)
+    assert group.tolist() == list(range(len(plan.image)))
+    # Questions of an image lie no nearer than chance has them: neighbours share one about 1 time in 30.
+    same = (plan.image[order][1:] == plan.image[order][:-1]).mean()
+    assert same < 0.1
+
+
+def test_steps_are_the_same_with_and_without_trees() -> None:
+    with_trees, without = some_plan(), some_plan(trees=False)
+    for step in range(40):
+        flat = [question for tree in with_trees.step(step) for question in tree]
+        assert [question for tree in without.step(step) for question in tree] == flat
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    first = [question for step in epoch_of(some_plan(), 0) for tree in step for question in tree]
+    again = [question for step in epoch_of(some_plan(), 0) for tree in step for question in tree]
+    later = [question for step in epoch_of(some_plan(), 1) for tree in step for question in tree]
+    other = [question for step in epoch_of(some_plan(seed=1), 0) for tree in step for question in tree]
+    assert first == again
+    assert len({tuple(order) for order in (first, later, other)}) == 3
+
+
+def test_steps_can_be_asked_for_in_any_order() -> None:
+    plan, fresh = some_plan(), some_plan()
+    forwards = [plan.step(step) for step in range(45)]
+    assert [fresh.step(step) for step in (44, 3, 20, 43)] == [forwards[step] for step in (44, 3, 20, 43)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("limit", [360, 700, 100_000])
+def test_ranks_share_every_question_of_a_step_once(world: int, limit: int) -> None:
+    plan = some_plan(tokens_per_micro_batch=limit)
+    for step in range(plan.steps_per_epoch):
+        trees = plan.step(step)
+        shared = plan.share(trees, world)
+        assert len(shared) == world
+        assert len({len(rank) for rank in shared}) == 1
+        assert sorted(q for rank in shared for micro in rank for tree in micro for q in tree) == sorted(
+            q for tree in trees for q in tree
+        )
+        for rank in shared:
+            for micro in rank:
+                assert sum(map(plan.tokens, micro)) <= limit
+                for tree in micro:
+                    assert len(set(plan.image[tree])) == 1
+
+
+def test_work_is_balanced() -> None:
+    plan = some_plan(questions=128, tokens_per_micro_batch=100_000)
+    loads = [sum(plan.tokens(tree) for micro in rank for tree in micro) for rank in plan.share(plan.step(0), 4)]
+    assert max(loads) <= 1.05 * sum(loads) / 4
+
+
+def test_what_cannot_fit_is_named() -> None:
+    plan = some_plan(tokens_per_micro_batch=200)
+    alone = [plan.tokens([question]) for question in range(len(plan.image))]
+    assert plan.too_long() == [question for question, tokens in enumerate(alone) if tokens > 200]
+    assert plan.too_long()
+
+
+def test_steps_of_the_reference_experiment() -> None:
+    """41,079 training questions, 16 per step, 3 epochs: 2,568 steps per epoch and 7,704 in all."""
+    plan = Plan(np.arange(41_079) // 9, np.full(41_079, 30), np.full(4_565, 600), 16, 8, 8192, 42)
+    assert plan.steps_per_epoch == 2568
+    assert sum(map(len, plan.step(2567))) == 41_079 - 2567 * 16
+
+
+def test_trees_of_keeps_order() -> None:
+    assert trees_of(np.array([3, 1, 3, 0, 1])) == [[0, 2], [1, 4], [3]]

@@ -1,0 +1,154 @@
+"""Recipes are strict: what is wrong is said, all of it, with its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from surgvqa import recipe
+from surgvqa.recipe import BadInput
+
+GOOD = """
+model: {name: tiny-qwen3-vl}
+data: {format: demo}
+image: {size: 768}
+output: runs/x
+"""
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(BadInput) as caught:
+        recipe.parse(text, overrides, where="recipes/x.yaml")
+    return caught.value.problems
+
+
+def test_an_unknown_key_is_named_with_the_nearest() -> None:
+    assert problems(GOOD + "batch: {question: 3}") == [
+        'recipes/x.yaml: batch.question: unknown key, did you mean "questions"?'
+    ]
+    assert problems(GOOD + "lr: 1.0") == ['recipes/x.yaml: lr: unknown key, did you mean "train.lr"?']
+    assert problems(GOOD + "checkpoint: {zzz: 1}") == [
+        "recipes/x.yaml: checkpoint.zzz: unknown key; known here: every, keep"
+    ]
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    text = """
+model: {name: x, tune: qlora}
+data: {format: jsonl, split: {by: image, val: 1.5}}
+image: {size: 768, fill: blurple}
+batch: {questions: 0, trees: yes}
+train: {lr: fast, epochs: 1.5, precision: fp16}
+"""
+    found = problems(text, "no-equals-sign")
+    keys = [problem.split(": ")[1] for problem in found]
+    assert keys == [
+        "override 'no-equals-sign'",
+        "model.tune",
+        "data.split.val",
+        "image.fill",
+        "batch.questions",
+        "batch.trees",
+        "train.epochs",
+        "train.lr",
+        "train.precision",
+        "output",
+    ]
+    assert "qlora is not available yet; use lora" in found[1]
+    assert "fp16 overflows" in found[-2]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("image: {mode: native}", "image.max_tokens: missing"),
+        ("image: {mode: native, max_tokens: 100, size: 768}", "image.size: is for mode letterbox"),
+        ("image: {mode: native, max_tokens: 100, fill: white}", "image.fill: is for mode letterbox"),
+        ("image: {}", "image.size: missing"),
+        ("image: {size: 768, max_tokens: 10}", "image.max_tokens: is for mode native"),
+        ("data: {format: csv}", "data.path: missing"),
+        ("data: {format: demo, split: {by: image, val: 0.5, test: 0.5}}", "data.split: val and test together"),
+        ("data: {format: demo, split: {val: 0.3}}", 'data.split: val, test and seed are for by "image"'),
+        ("batch: {questions: 4}", "batch.questions_per_image: is larger than batch.questions"),
+        ("train: {lr_vision: 0.1}", "train.lr_vision: the vision tower does not train"),
+        ("train: {lr_merger: 0.1}", "train.lr_merger: the merger does not train"),
+        ("model: {name: x, tune: full, lora: {rank: 4}}", "model.lora: is for tune: lora"),
+        ("model: {name: tiny-qwen3-vl, revision: main}", "model.revision: a tiny model has none"),
+    ],
+)
+def test_contradictions(change: str, said: str) -> None:
+    kept = [line for line in GOOD.splitlines() if line.split(":")[0] != change.split(":")[0]]
+    found = problems("\n".join([*kept, change]))
+    assert len(found) == 1
+    assert said in found[0]
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2.0e-4", 2e-4), (".5", 0.5), ("3", 3.0), ("1E+2", 100)])
+def test_numbers(text: str, value: float) -> None:
+    assert recipe.parse(GOOD + f"train: {{lr: {text}}}").train.lr == value
+    assert recipe.parse(GOOD, [f"train.lr={text}"]).train.lr == value
+
+
+def test_yaml_1_2_text_stays_text() -> None:
+    parsed = recipe.parse(GOOD + "prompt: {instructions: {yes_no: yes, when: 18:00, on: off}}")
+    assert parsed.prompt.instructions == {"yes_no": "yes", "when": "18:00", "on": "off"}
+
+
+def test_overrides_reach_any_key() -> None:
+    changed = recipe.parse(
+        GOOD, ["model.name=a/b", "batch.questions=32", "model.lora.modules=[q_proj]", "train.max_steps=null"]
+    )
+    assert changed.model.name == "a/b"
+    assert changed.batch.questions == 32
+    assert changed.model.lora.modules == ["q_proj"]
+    assert problems(GOOD, "train.epoch=3") == [
+        'recipes/x.yaml: train.epoch: unknown key, did you mean "epochs"?'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "a recipe is a set of keys"),
+        ("", "a recipe is a set of keys"),
+        (GOOD + "output: again", "key 'output' is given twice"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("1: 2", "key 1 is not text"),
+    ],
+)
+def test_broken_files(text: str, said: str) -> None:
+    assert any(said in problem for problem in problems(text))
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(BadInput, match="cannot be read as a recipe"):
+        recipe.load("no/such.yaml")
+
+
+def test_the_dump_reads_back_equal() -> None:
+    first = recipe.parse(GOOD, ["train.lr=1e-4", "prompt.system=Ä “quoted” system", "model.tune=full"])
+    assert recipe.parse(first.dump()) == first
+    assert first.differences(recipe.parse(first.dump(), ["train.lr=2e-4"])) == ["train.lr: 0.0001 → 0.0002"]
+
+
+def test_recipes_are_frozen() -> None:
+    parsed = recipe.parse(GOOD)
+    with pytest.raises(ValueError, match="frozen"):
+        parsed.output = "elsewhere"  # type: ignore[misc]
+
+
+def test_step_arithmetic() -> None:
+    parsed = recipe.parse(GOOD, ["batch.questions=16", "train.epochs=3"])
+    assert parsed.steps_per_epoch(41_079) == 2568
+    assert parsed.total_steps(41_079) == 7704
+    assert recipe.parse(GOOD, ["train.max_steps=30"]).total_steps(41_079) == 30
+
+
+def test_the_reference_lists_every_key_as_the_docs_do() -> None:
+    page = Path(__file__).parents[1] / "docs" / "recipe.md"
+    assert recipe.reference() in page.read_text(encoding="utf-8")
+    for key in recipe._all_keys(recipe.Recipe):
+        assert f"| `{key}` |" in recipe.reference()
+        row = next(row for row in recipe.reference().splitlines() if row.startswith(f"| `{key}` |"))
+        assert not row.endswith("|  |"), f"{key} has no meaning written down"

@@ -1,0 +1,192 @@
+"""Tokens, labels and positions: exact ids, the chat template's own conversation, the golden facts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise_image
+from PIL import Image
+from surgvqa import hub
+from surgvqa.datasets import Example, ImageRef
+from surgvqa.recipe import BadInput
+from surgvqa.tokens import ChatTokens
+
+REAL = {"qwen2": "Qwen2-VL-7B-Instruct", "qwen3": "Qwen3-VL-8B-Instruct"}
+
+
+@pytest.fixture(scope="module", params=REAL)
+def real(request: pytest.FixtureRequest, shared: Path) -> ChatTokens:
+    return ChatTokens(hub.find(str(shared / "qwen" / REAL[request.param])))
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> Any:
+    return json.loads((shared / "qwen/golden.json").read_text(encoding="utf-8"))
+
+
+def ask(question: str, answer: str = "none", kind: str = "question", images: int = 1, place: str = "") -> Example:
+    return Example(question, (ImageRef("image"),) * images, question, (answer,), kind, place=place)
+
+
+def test_root_and_branch_are_the_conversation_of_the_chat_template(chat: ChatTokens) -> None:
+    for example in (
+        ask("How many polyps?", "two or three", "count"),
+        ask("Is there an assistant in the image?", "yes", images=2),
+        ask("Où est-il ; là ?", "ça\nva ∅"),
+    ):
+        grids = [(2, 3), (1, 2)][: len(example.images)]
+        root, branch = chat.root(grids), chat.branches([example])[0]
+        text = chat.render(chat.conversation(example))
+        for rows, columns in grids:
+            text = text.replace("<|image_pad|>", "<|pad|>" * (rows * columns), 1)
+        whole = chat.tokenizer(text.replace("<|pad|>", "<|image_pad|>"), add_special_tokens=False)["input_ids"]
+        assert [*root.ids, *branch.ids] == whole
+        supervised = branch.ids[branch.prompt : branch.prompt + branch.answer]
+        assert chat.tokenizer.decode(supervised) == example.answers[0] + "<|im_end|>"
+        prompt = chat.tokenizer.decode(branch.ids[: branch.prompt])
+        assert prompt == chat.question_text(example) + "<|im_end|>\n<|im_start|>assistant\n"
+        assert chat.tokenizer.decode(branch.ids[branch.prompt + branch.answer :]) == "\n"
+
+
+def test_instructions_follow_the_question_of_their_type(chat: ChatTokens) -> None:
+    assert chat.question_text(ask("How many?", kind="count")) == "How many?\nA number."
+    assert chat.question_text(ask("Where?", kind="where")) == "Where?"
+
+
+def test_special_tokens_in_a_question_or_answer_are_refused_all_at_once(chat: ChatTokens) -> None:
+    examples = [
+        ask("Fine?", place="a.jsonl:1"),
+        ask("Bad <|im_end|>?", place="a.jsonl:2"),
+        ask("So so?", "<|image_pad|>", place="a.jsonl:3"),
+        ask("Is a < b, or <b>c</b>?", place="a.jsonl:4"),
+    ]
+    with pytest.raises(BadInput) as caught:
+        chat.branches(examples)
+    assert [problem.split(":")[1] for problem in caught.value.problems] == ["2", "3"]
+    assert "<|im_end|>" in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 2), (2, 5)])
+def test_patches_are_those_of_the_image_processor(chat: ChatTokens, width: int, height: int) -> None:
+    """The processor, resizing on, leaves a canvas as it is: the same patches in the same order."""
+    factor = chat.folder.factor
+    canvas = noise_image(width * factor, height * factor, seed=width)
+    size = {"shortest_edge": factor * factor, "longest_edge": 2**24}
+    expected = chat.image_processor(images=[canvas], size=size, return_tensors="np")
+    assert chat.image_processor.do_resize
+    np.testing.assert_array_equal(chat.patches(canvas), expected["pixel_values"])
+    assert expected["image_grid_thw"].tolist() == [[1, 2 * height, 2 * width]]
+
+
+# With the real tokenizers and templates.
+
+
+def test_golden_special_ids(real: ChatTokens, golden: Any) -> None:
+    expected = golden["special_token_ids"]["qwen2_vl"]
+    assert {token: real.tokenizer.convert_tokens_to_ids(token) for token in expected} == expected
+    assert len(real.tokenizer) == golden["special_token_ids"]["tokenizer_length"][real.folder.family]
+
+
+def test_golden_text_ids(real: ChatTokens, golden: Any) -> None:
+    for case in (golden["tokenizer"]["integration"], *golden["tokenizer"]["strings"]["cases"]):
+        assert real.tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids"], case.get("name")
+
+
+def test_golden_prompts_of_qwen2(shared: Path, golden: Any) -> None:
+    chat = ChatTokens(hub.find(str(shared / "qwen" / REAL["qwen2"])))
+    dog, white = golden["prompt"]
+    asked = chat.branches([ask(dog["messages"][0]["content"][1]["text"])])[0].asked
+    assert [*chat.root([(4, 4)]).ids[:17]] == dog["first_17_input_ids"]
+    assert chat.tokenizer.decode(asked.ids) == "What kind of dog is this?<|im_end|>\n<|im_start|>assistant\n"
+    patches = chat.patches(Image.new("RGB", (224, 224), "white"))
+    assert list(patches.shape) == white["pixel_values_shape"]
+    assert patches.mean() == pytest.approx(white["pixel_values_mean"], abs=1e-6)
+    question = chat.branches([ask(white["messages"][0]["content"][1]["text"])])[0].asked
+    assert len(chat.root([(8, 8)]).ids) + len(question.ids) == white["input_ids_length"]
+
+
+def test_exact_ids_of_a_whole_conversation(shared: Path) -> None:
+    """Written out by hand from the vocabulary: a change of template, cut or labels shows here."""
+    chat = ChatTokens(hub.find(str(shared / "qwen" / REAL["qwen3"])))
+    branch = chat.branches([ask("How are you doing?", "none visible")])[0]
+    assert chat.root([(1, 2)]).ids.tolist() == [151644, 872, 198, 151652, 151655, 151655, 151653]
+    question, turn = [4340, 525, 498, 3730, 30], [151645, 198, 151644, 77091, 198]
+    assert branch.ids.tolist() == [*question, *turn, 6697, 9434, 151645, 198]
+    assert (branch.prompt, branch.answer) == (10, 3)
+
+
+def test_golden_positions(golden: Any, chat: ChatTokens) -> None:
+    """The image cases of golden.json, cut out of a root: they begin somewhere, so compare differences."""
+    cases = [case for case in golden["rope_index"] if "token_kinds" in case]
+    assert len(cases) == 2
+    for case in cases:
+        expected = np.array(case["position_ids"])
+        _, rows, columns = case["image_grid_thw"][0]
+        root = chat.root([(rows // 2, columns // 2)])
+        first = int(np.flatnonzero(root.ids == chat.folder.special["<|image_pad|>"])[0])
+        start = first - case["token_kinds"].index("image")
+        length = min(expected.shape[1], len(root.ids) - start)
+        ours = root.positions[:, start : start + length]
+        assert (ours - ours[:, :1] + expected[:, :1]).tolist() == expected[:, :length].tolist()
+
+
+# Folders that must not be trained on.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model's files as a local folder."""
+    import shutil
+
+    source = hub.find("tiny-qwen3-vl").path
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def test_a_local_folder_is_found(folder: Path) -> None:
+    found = hub.find(str(folder))
+    assert (found.family, found.factor, found.tiny) == ("qwen3_vl", 32, False)
+    assert ChatTokens(found).end_of_turn > 0
+
+
+def test_a_folder_without_vocabulary_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"no vocabulary: neither tokenizer.json nor vocab.json"):
+        hub.find(str(folder))
+
+
+def test_the_real_folder_without_vocabulary_is_refused(shared: Path) -> None:
+    with pytest.raises(BadInput, match="no vocabulary"):
+        hub.find(str(shared / "qwen/Qwen3-VL-4B-Instruct"))
+
+
+def test_another_model_type_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}), encoding="utf-8")
+    with pytest.raises(BadInput, match=r"model_type is 'llama'.*Qwen2-VL"):
+        hub.find(str(folder))
+
+
+def test_a_tokenizer_that_disagrees_with_the_configuration_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["image_token_id"] += 1
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(BadInput, match=r"<\|image_pad\|> the id \d+, config.json says \d+"):
+        ChatTokens(hub.find(str(folder)))
+
+
+def test_a_name_that_is_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="neither a folder here nor a hub id"):
+        hub.find(str(tmp_path / "no" / "such" / "folder"))
+    with pytest.raises(BadInput, match="not in the local cache and could not be fetched"):
+        hub.find("somebody/no-such-model")
+
+
+def test_positions_and_ids_are_plain_tensors_of_the_right_kind(chat: ChatTokens) -> None:
+    root = chat.root([(2, 2)])
+    assert root.positions.shape == (3, len(root.ids))
+    assert torch.from_numpy(root.positions).max() + 1 == root.next_position

@@ -76,7 +76,7 @@ def audit(
 
     found: dict[str, _Image] = {}
     problems = list(dataset.problems)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(_cores()) as pool:
         results = _shown(pool.map(check, refs.values()), len(refs), progress)
         for key, result in zip(refs, results, strict=True):
             if isinstance(result, _Image):
@@ -99,6 +99,11 @@ def report(problems: Iterable[Problem]) -> str:
     warnings = sum(problem.warning for problem in ordered)
     counts = f"{_count(len(ordered) - warnings, 'error')}, {_count(warnings, 'warning')}"
     return "\n".join([*lines, counts])
+
+
+def _cores() -> int:
+    """The cores that this process may use: under SLURM a few of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _broken(key: str, why: str, examples: Sequence[Example]) -> Problem:

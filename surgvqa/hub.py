@@ -9,23 +9,18 @@ Only safetensors and JSON are ever read; code in a model folder is never run.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgvqa.datasets.demo import cache_folder
 from surgvqa.demo.tiny import TINY_MODELS, write_tiny_model
 from surgvqa.recipe import BadInput
 
 FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen3_vl": "Qwen3-VL"}
 
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja"]
-
-
-def cache_folder() -> Path:
-    """Where generated data and tiny models are kept: `$SURGVQA_CACHE`, else `~/.cache/surgvqa`."""
-    return Path(os.environ.get("SURGVQA_CACHE") or Path.home() / ".cache" / "surgvqa")
 
 
 @dataclass(frozen=True)

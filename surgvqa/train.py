@@ -109,7 +109,7 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
         network = _new_model(settings, prepared.folder)
     loss_of = TreeLoss(network, attn=attn, autocast=autocast)
     if settings.train.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_layers(network)
     network.train()
     loss_of = accelerator.prepare(loss_of)
     parameters = dict(model.trainable(network))
@@ -354,6 +354,13 @@ def _new_model(settings: Recipe, folder: hub.Folder) -> Any:
         modules=lora.modules,
         seed=settings.train.seed,
     )
+
+
+def _recompute_layers(network: Any) -> None:
+    """Gradient checkpointing by layer; the reentrant kind fails under DDP."""
+    # transformers renamed it in 5.22 and warns about the old name.
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _optimizer(settings: Recipe, parameters: dict[str, nn.Parameter], fused: bool) -> torch.optim.AdamW:

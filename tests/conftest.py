@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,42 @@ def noise_image(width: int, height: int, seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+TOPICS = [
+    ("How many polyps are there?", ("none", "one", "two polyps, side by side"), "count"),
+    ("Is there bleeding?", ("yes", "no"), "yes_no"),
+    ("Which instrument is used?", ("grasper", "a pair of monopolar curved scissors"), "which"),
+    ("Where is the polyp?", ("upper left", "lower right", "in the middle of the image"), "where"),
+    ("What colour is it?", ("pink", "red; white"), "colour"),
+    ("Is text visible?", ("no", "yes"), "yes_no"),
+    ("What is the state of the jaw?", ("open", "closed"), "state"),
+    ("Any artefact?", ("no", "green box"), "which"),
+    ("Which organ?", ("colon", "stomach"), "which"),
+]
+
+
+def write_jsonl(folder: Path, images: int = 23, seed: int = 0) -> Path:
+    """Images of several sizes with 1 to 9 questions each, and a split column, as a jsonl data set."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(images):
+        width, height = (int(side) for side in rng.integers(40, 200, 2))
+        noise_image(width, height, number).save(folder / f"{number}.png")
+        part = "test" if number % 8 == 6 else "val" if number % 8 == 7 else "train"
+        for place in rng.permutation(len(TOPICS))[: 1 + number % len(TOPICS)]:
+            question, answers, kind = TOPICS[int(place)]
+            rows.append(
+                {
+                    "id": f"{number}-{place}",
+                    "image": f"{number}.png",
+                    "question": question,
+                    "answer": str(rng.choice(answers)),
+                    "question_type": kind,
+                    "split": part,
+                }
+            )
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

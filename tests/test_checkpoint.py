@@ -49,7 +49,7 @@ def damage(file: Path, how: str) -> None:
         file.unlink()
     else:
         flipped = bytes([content[0] ^ 1]) + content[1:]
-        file.write_bytes({"truncated": content[:-1], "empty": b"", "flipped": flipped}[how])
+        file.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "flipped": flipped}[how])
 
 
 @pytest.mark.parametrize("name", ["weights", "state.json", "manifest.json"])

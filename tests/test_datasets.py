@@ -68,7 +68,14 @@ def test_every_column(folder: Path) -> None:
             split="validation",
             stage=3,
         ),
-        row(answer=2.5, extra={"ignored": True}, question="  Größe? ", split=None, group=""),
+        row(
+            answer=2.5,
+            extra={"ignored": True},
+            question="  Größe? ",
+            split=None,
+            group="",
+            stage=float("nan"),
+        ),
     )
     (first, second, third), problems = read(file)
     assert problems == []
@@ -90,6 +97,7 @@ def test_every_column(folder: Path) -> None:
     )
     assert (second.image_key, second.question_type) == ("a.png\nb.png", "Count")
     assert (third.question, third.answers, third.group) == ("Größe?", ("2.5",), "a.png")
+    assert third.stage is None
 
 
 def test_bom_crlf_blank_lines_and_no_final_newline(folder: Path) -> None:
@@ -367,6 +375,8 @@ KVASIR = [
     ("p2", "Is there text?", "no"),
     ("p2", "none", "nan"),
     ("p1", "Is it Tuesday?", "no"),
+    ("p1", "Is there text?", "nan"),
+    ("p1", "none", "no"),
 ]
 
 
@@ -393,7 +403,7 @@ def check_kvasir(dataset: Dataset) -> None:
     assert [e.image_key for e in dataset.examples] == ["p1", "p1", "p2", "p2", "p2", "p1"]
     junk, unknown = dataset.problems
     assert junk.warning
-    assert junk.what.startswith("1 rows have no question or no answer and are left out")
+    assert junk.what.startswith("3 rows have no question or no answer and are left out")
     assert unknown.warning
     assert unknown.what == "1 rows ask a question new to this corpus; its type is other: 'Is it Tuesday?' (1)"
 

@@ -1,0 +1,157 @@
+"""One loss curve: whatever the processes, the micro-batches, trees or rows, killed or not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from surgvqa import train
+
+from .conftest import ROOT, Runs, trace
+
+TWO_CPU = str(ROOT / "accelerate_configs" / "2cpu.yaml")
+
+
+def assert_same_curve(run: Path, reference: Path, rel: float = 1e-5) -> None:
+    ours, theirs = trace(run), trace(reference)
+    assert len(ours) == len(theirs) == 20
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["step"] == other["step"]
+        assert mine["ids"] == other["ids"]
+        assert mine["tokens"] == other["tokens"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=rel)
+
+
+def test_the_reference_learns_from_every_question_once_per_epoch(runs: Runs, reference: Path) -> None:
+    rows = trace(reference)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    ids = [
+        row["id"]
+        for row in map(json.loads, runs.data.read_text(encoding="utf-8").splitlines())
+        if row["split"] == "train"
+    ]
+    steps = -(-len(ids) // 12)
+    for epoch in range(20 // steps):
+        seen = [question for row in rows[epoch * steps : (epoch + 1) * steps] for question in row["ids"]]
+        assert Counter(seen) == Counter(ids)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["batch.tokens_per_micro_batch=90"],
+        ["batch.tokens_per_micro_batch=100000"],
+        ["batch.trees=false"],
+        ["batch.trees=false", "batch.tokens_per_micro_batch=90"],
+        ["train.gradient_checkpointing=true"],
+        ["data.workers=2"],
+    ],
+    ids=" ".join,
+)
+def test_the_curve_does_not_depend_on(runs: Runs, reference: Path, change: list[str]) -> None:
+    assert_same_curve(runs.here("-".join(change).replace("/", "_"), *change), reference)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--config_file", TWO_CPU],
+        ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_two_processes_give_the_curve_of_one(runs: Runs, reference: Path, launcher: list[str]) -> None:
+    done = runs.launched(launcher[0], launcher, "batch.tokens_per_micro_batch=200", "eval.final=test")
+    assert done.returncode == 0, done.stderr
+    assert "distributed, 2 processes, gloo" in done.stdout
+    assert done.stdout.count("steps       ") == 1  # the banner comes once
+    assert_same_curve(runs.folder / launcher[0], reference)
+
+
+def test_the_answers_do_not_depend_on_processes(runs: Runs) -> None:
+    alone = runs.here("alone", "train.max_steps=3", "eval.final=test")
+    done = runs.launched(
+        "together",
+        ["accelerate.commands.launch", "--config_file", TWO_CPU],
+        "train.max_steps=3", "eval.final=test", "batch.tokens_per_micro_batch=200",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    together = runs.folder / "together"
+    assert (together / "predictions.jsonl").read_text() == (alone / "predictions.jsonl").read_text()
+    assert json.loads((together / "scores.json").read_text()) == json.loads((alone / "scores.json").read_text())
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("vision", ["true", "false"])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, tune: str, vision: str
+) -> None:
+    """Dropout on, adapters and whole modules, evaluation in between."""
+    name = f"{tune}-{vision}"
+    changes = [
+        f"model.tune={tune}", f"model.train_vision={vision}", f"model.train_merger={vision}",
+        *(["model.lora.dropout=0.1"] if tune == "lora" else []),
+        "train.max_steps=9", "checkpoint.every=3", "eval.every=4", "eval.questions=3", "eval.keep_best=false",
+    ]  # fmt: skip
+    whole = trace(runs.here(f"whole-{name}", *changes))
+    step = train._Records.step
+
+    def stop_at_8(self: object, **row: object) -> None:
+        step(self, **row)
+        if row["step"] == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Records, "step", stop_at_8)
+        with pytest.raises(KeyboardInterrupt):
+            runs.here(f"stopped-{name}", *changes)
+    stopped = runs.here(f"stopped-{name}", *changes)
+    assert trace(stopped) == whole
+    assert [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").open()] == list(range(1, 10))
+
+
+def test_a_changed_recipe_or_changed_data_is_refused(runs: Runs) -> None:
+    run = runs.here("changed", "train.max_steps=2")
+    with pytest.raises(train.BadInput) as caught:
+        runs.here("changed", "train.max_steps=2", "train.lr=2e-3", "batch.questions=6")
+    assert [line.strip() for line in caught.value.problems[1:]] == ["batch.questions: 12 → 6", "train.lr: 0.001 → 0.002"]
+    original = runs.data.read_text(encoding="utf-8")
+    try:
+        runs.data.write_text(original.replace('"grasper"', '"hook"'), encoding="utf-8")
+        with pytest.raises(train.BadInput, match="the training data: its questions, answers"):
+            runs.here("changed", "train.max_steps=2")
+    finally:
+        runs.data.write_text(original, encoding="utf-8")
+    assert runs.here("changed", "train.max_steps=2", "log.trace=false") == run
+
+
+def test_class_weights_and_question_loss_are_what_they_say(runs: Runs) -> None:
+    """The first loss, worked out from the untrained model's own nats."""
+    import torch
+    from surgvqa import model, prepare
+    from surgvqa import recipe as recipes
+    from surgvqa.loss import TreeLoss
+
+    changes = ["loss.per=question", "loss.class_weights=inverse", "train.max_steps=1"]
+    first = trace(runs.here("weighted", *changes))[0]
+    settings = recipes.load(runs.recipe, runs._words("weighted", *changes))
+    prepared = prepare.prepare(settings)
+    questions = prepared.questions("train")
+    number = {example.id: index for index, example in enumerate(questions.examples)}
+    network = TreeLoss(
+        model.build(prepared.folder, seed=settings.train.seed), attn="sdpa", autocast=None
+    )
+    weights = prepared.answer_weights()
+    assert len({round(weight, 6) for weight in weights.values()}) > 2
+    total = mean = 0.0
+    with torch.no_grad():
+        for name in first["ids"]:
+            pack = questions.pack([[number[name]]])
+            answer = questions.examples[number[name]].answers[0]
+            weight = weights["red; white" if answer == "red; white" else answer]
+            pack.weights.fill_(1.0)
+            total += weight * network(pack).item() / len(pack.targets)
+            mean += weight
+    assert first["loss"] == pytest.approx(total / mean, rel=1e-5)

@@ -20,7 +20,7 @@ def launch(gpus: str, arguments: list[str]) -> NoReturn:
 
 
 def configs() -> Path:
-    """The folder of Accelerate configurations: in the package once installed, else beside it in the repository."""
+    """The Accelerate configurations: in the package once installed, else beside it in the repository."""
     package = Path(__file__).parent
     installed = package / "accelerate_configs"
     return installed if installed.is_dir() else package.parent / "accelerate_configs"
@@ -37,7 +37,9 @@ def _count(gpus: str, available: int) -> int:
     if gpus != "all" and not (gpus.isdecimal() and int(gpus) > 0):
         raise BadInput(f"--gpus {gpus}: give a number from 1 up, or all")
     if available == 0:
-        raise BadInput(f"--gpus {gpus}: this machine has no GPU that CUDA can use; without --gpus it trains on the CPU")
+        raise BadInput(
+            f"--gpus {gpus}: this machine has no GPU that CUDA can use; without --gpus it trains on the CPU"
+        )
     count = available if gpus == "all" else int(gpus)
     if count > available:
         seen = "1 GPU" if available == 1 else f"{available} GPUs"

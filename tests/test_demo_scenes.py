@@ -91,8 +91,10 @@ def test_splits_keep_cases_whole(rows: list[Row]) -> None:
     for row in rows:
         images[row["split"]].add(row["image"])
         parts[row["group"]].add(row["split"])
-    assert len(images["test"]) >= 60 and len(images["val"]) >= 40
-    assert not images["train"] & (images["test"] | images["val"]) and not images["test"] & images["val"]
+    assert len(images["test"]) >= 60
+    assert len(images["val"]) >= 40
+    assert not images["train"] & (images["test"] | images["val"])
+    assert not images["test"] & images["val"]
     assert all(len(splits) == 1 for splits in parts.values())
 
 
@@ -167,7 +169,8 @@ def test_facts_can_be_seen_in_the_picture() -> None:
                 else:
                     assert (min(red, green, blue) > 120) == (scene.polyp_colour == "white")
         assert pixels[0, 0].max() < 20, "the corner lies outside the round view"
-    assert seen["blood"] >= 3 and seen["polyp"] >= 3
+    assert seen["blood"] >= 3
+    assert seen["polyp"] >= 3
 
 
 def _middle(pixels: np.ndarray, spot: scenes.Spot) -> tuple[float, float, float]:
@@ -180,4 +183,6 @@ def _middle(pixels: np.ndarray, spot: scenes.Spot) -> tuple[float, float, float]
 
 def test_import_is_light() -> None:
     code = "import sys, surgvqa.demo.scenes; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1]).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1]).returncode == 0
+    )

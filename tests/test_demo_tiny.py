@@ -21,7 +21,9 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "plain": [{"role": "user", "content": "Is there bleeding?"}],
-    "image": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there\nbleeding? "}]}],
+    "image": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there\nbleeding? "}]}
+    ],
     "answered": [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many polyps?"}]},
         {"role": "assistant", "content": "2"},
@@ -32,7 +34,10 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "assistant", "content": [{"type": "text", "text": " b"}, {"type": "text", "text": "c "}]},
         {"role": "user", "content": [{"type": "text", "text": "d"}, {"type": "image"}]},
     ],
-    "system": [{"role": "system", "content": "You are an expert."}, {"role": "user", "content": "  é <b> 'x' "}],
+    "system": [
+        {"role": "system", "content": "You are an expert."},
+        {"role": "user", "content": "  é <b> 'x' "},
+    ],
 }
 
 
@@ -57,14 +62,18 @@ def test_config_loads_and_its_sizes_fit(folder: Path) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    assert type(config).__name__ == {"tiny-qwen2-vl": "Qwen2VLConfig", "tiny-qwen3-vl": "Qwen3VLConfig"}[folder.name]
+    assert (
+        type(config).__name__
+        == {"tiny-qwen2-vl": "Qwen2VLConfig", "tiny-qwen3-vl": "Qwen3VLConfig"}[folder.name]
+    )
     text, vision = config.text_config, config.vision_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     assert sum(text.rope_parameters["mrope_section"]) == head // 2
     assert text.num_attention_heads % text.num_key_value_heads == 0
     assert config.tie_word_embeddings
     if folder.name == "tiny-qwen3-vl":
-        assert vision.deepstack_visual_indexes and max(vision.deepstack_visual_indexes) < vision.depth
+        assert vision.deepstack_visual_indexes
+        assert max(vision.deepstack_visual_indexes) < vision.depth
         assert vision.out_hidden_size == text.hidden_size
     else:
         assert vision.hidden_size == text.hidden_size
@@ -82,13 +91,18 @@ def test_ids_agree_between_config_and_tokenizer(folder: Path) -> None:
     assert config.vision_end_token_id == ids["<|vision_end|>"]
     assert config.text_config.eos_token_id == tokenizer.eos_token_id == ids["<|im_end|>"]
     assert tokenizer.pad_token_id == ids["<|endoftext|>"]
-    assert _json(folder / "generation_config.json")["eos_token_id"] == [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    assert _json(folder / "generation_config.json")["eos_token_id"] == [
+        ids["<|im_end|>"],
+        ids["<|endoftext|>"],
+    ]
     assert len(tokenizer) <= config.text_config.vocab_size < len(tokenizer) + 64
     assert 600 <= len(tokenizer) <= 1000
     assert tokenizer.padding_side == {"tiny-qwen2-vl": "left", "tiny-qwen3-vl": "right"}[folder.name]
 
 
-@pytest.mark.parametrize("text", ["Is there bleeding?", " Calot's triangle, 17 mm\r\n\n  ok  ", "é 漢字 🙂 \t x_y=1e-4"])
+@pytest.mark.parametrize(
+    "text", ["Is there bleeding?", " Calot's triangle, 17 mm\r\n\n  ok  ", "é 漢字 🙂 \t x_y=1e-4"]
+)
 def test_text_survives_the_tokenizer(folder: Path, text: str) -> None:
     from transformers import AutoTokenizer
 
@@ -113,18 +127,27 @@ def test_special_tokens_cut_the_text(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    parts = [f"<|im_start|>user\n{IMAGE}", "Is there bleeding?<|im_end|>\n<|im_start|>assistant\n", "no<|im_end|>\n"]
+    parts = [
+        f"<|im_start|>user\n{IMAGE}",
+        "Is there bleeding?<|im_end|>\n<|im_start|>assistant\n",
+        "no<|im_end|>\n",
+    ]
     whole = tokenizer("".join(parts), add_special_tokens=False).input_ids
     assert whole == [i for part in parts for i in tokenizer(part, add_special_tokens=False).input_ids]
 
 
 def test_template_renders_what_is_expected(folder: Path) -> None:
     template = _json(folder / "chat_template.json")["chat_template"]
-    default = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" if folder.name == "tiny-qwen2-vl" else ""
+    default = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        if folder.name == "tiny-qwen2-vl"
+        else ""
+    )
     body = f"<|im_start|>user\n{IMAGE}How many polyps?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
     assert _render(template, CONVERSATIONS["answered"], prompt=False) == default + body
     assert _render(template, CONVERSATIONS["system"], prompt=True) == (
-        "<|im_start|>system\nYou are an expert.<|im_end|>\n<|im_start|>user\n  é <b> 'x' <|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou are an expert.<|im_end|>\n"
+        "<|im_start|>user\n  é <b> 'x' <|im_end|>\n<|im_start|>assistant\n"
     )
     assert _json(folder / "tokenizer_config.json")["chat_template"] == template
 
@@ -145,10 +168,16 @@ def test_files_have_the_real_keys(folder: Path) -> None:
         pytest.skip(f"no {real.name} folder beside the project")
     ours, theirs = _json(folder / "preprocessor_config.json"), _json(real / "preprocessor_config.json")
     assert ours == theirs
-    assert _json(folder / "generation_config.json").keys() == _json(real / "generation_config.json").keys() - {
-        "transformers_version"
+    assert _json(folder / "generation_config.json").keys() == _json(
+        real / "generation_config.json"
+    ).keys() - {"transformers_version"}
+    unneeded = {
+        "transformers_version",
+        "torch_dtype",
+        "max_window_layers",
+        "sliding_window",
+        "use_sliding_window",
     }
-    unneeded = {"transformers_version", "torch_dtype", "max_window_layers", "sliding_window", "use_sliding_window"}
     assert _json(real / "config.json").keys() - unneeded <= _json(folder / "config.json").keys()
 
 
@@ -157,7 +186,9 @@ def test_folder_is_the_same_every_time_and_left_alone_once_there(folder: Path, t
     again.mkdir()
     (again / "tokenizer.json").write_text("half written")
     write_tiny_model(folder.name, again)
-    assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {
+        p.name: p.read_bytes() for p in folder.iterdir()
+    }
     (again / "model.safetensors").write_text("weights")
     write_tiny_model(folder.name, again)
     assert (again / "model.safetensors").read_text() == "weights"
@@ -170,5 +201,10 @@ def test_unknown_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, surgvqa.demo.tiny; sys.exit(bool({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1]).returncode == 0
+    code = (
+        "import sys, surgvqa.demo.tiny; "
+        "sys.exit(bool({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1]).returncode == 0
+    )

@@ -16,8 +16,9 @@ def read(path: str | None, revision: str | None) -> Iterator[Example | Problem]:
     """
     from surgvqa.demo.scenes import write_demo
 
-    yield from tables.read(str(write_demo(Path(path) if path else _cache() / "demo-v1")), None)
+    yield from tables.read(str(write_demo(Path(path) if path else cache_folder() / "demo-v1")), None)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where generated data and tiny models are kept."""
     return Path(os.environ.get("SURGVQA_CACHE") or Path.home() / ".cache" / "surgvqa")

@@ -1,13 +1,13 @@
 """Procedural endoscopy scenes with questions: a data set that needs no download.
 
-A scene is a handful of facts (instruments, polyps, bleeding, mucosa, view), drawn from (seed, index). Its picture
-and its questions are both made from those facts, so every answer is right by construction:
+A scene is a handful of facts (instruments, polyps, bleeding, mucosa, view), drawn from (seed, index). Its
+picture and its questions are both made from those facts, so every answer is right by construction:
 
     (seed, index) ──▶ Scene ──┬─▶ render    ──▶ RGB picture
                               └─▶ questions ──▶ five to nine rows of questions.jsonl
 
-Bytes are the same on every run: one PCG64 stream per scene, uniform draws only, and pictures made with additions,
-products, quotients and square roots, which IEEE 754 rounds the same way everywhere.
+Bytes are the same on every run: every scene has random streams (PCG64) of its own, and pictures are made with
+sums, products, quotients and square roots, which IEEE 754 rounds the same way everywhere.
 """
 
 from __future__ import annotations
@@ -31,21 +31,32 @@ Part = Literal["train", "val", "test"]
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-IMAGES = 1440
+IMAGES = 1800
 CASE = 4
-"""Consecutive pictures of one procedure: they share mucosa and picture size, and never straddle two splits."""
+"""Consecutive pictures of one procedure: they share mucosa and picture size and lie in one split."""
 
+VIEW_RADIUS = 0.60
+"""Of the round view, in units of the shorter side: a little of it is cut off, as on most monitors."""
 SIZES = ((320, 256), (360, 288), (320, 288), (400, 320), (384, 288), (352, 320), (320, 320), (288, 320))
 QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
 SIDES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 
 RGB = tuple[float, float, float]
-MUCOSA: dict[str, RGB] = {"pink": (0.87, 0.55, 0.52), "orange": (0.88, 0.60, 0.26), "pale": (0.89, 0.79, 0.69)}
+MUCOSA: dict[str, RGB] = {
+    "pink": (0.87, 0.55, 0.52),
+    "orange": (0.88, 0.60, 0.26),
+    "pale": (0.89, 0.79, 0.69),
+}
 POLYP: dict[str, RGB] = {"white": (0.97, 0.90, 0.80), "brown": (0.36, 0.22, 0.14)}
 SHAFT: dict[str, RGB] = {"black": (0.11, 0.11, 0.13), "blue": (0.10, 0.28, 0.72), "green": (0.10, 0.55, 0.30)}
-TIP: dict[str, RGB] = {"grasper": (0.72, 0.75, 0.79), "scissors": (0.83, 0.68, 0.25), "hook": (0.93, 0.93, 0.90)}
-TOOL = np.float32(1.3)
+TIP: dict[str, RGB] = {
+    "grasper": (0.70, 0.76, 0.84),
+    "scissors": (0.20, 0.17, 0.24),
+    "hook": (0.97, 0.97, 0.95),
+}
+TOOL = np.float32(1.25)
 """Scale of the instruments."""
+COPPER: RGB = (0.72, 0.40, 0.12)
 BLOOD: RGB = (0.58, 0.01, 0.03)
 
 
@@ -105,21 +116,23 @@ def sample_scene(seed: int, index: int) -> Scene:
     sides = {"right": 0.46, "left": 0.28, "bottom": 0.16, "top": 0.10}
     kinds = {"grasper": 0.50, "scissors": 0.28, "hook": 0.22}
     instruments: list[Instrument] = []
-    for _ in range(_pick(rng, {0: 0.22, 1: 0.52, 2: 0.26})):
+    for _ in range(_pick(rng, {0: 0.21, 1: 0.56, 2: 0.23})):
         side, kind = _pick(rng, sides), _pick(rng, kinds)
         del sides[side], kinds[kind]
         shaft = _pick(rng, {"black": 0.50, "blue": 0.30, "green": 0.20})
-        jaws = None if kind == "hook" else _pick(rng, {"open": 0.55, "closed": 0.45})
-        reach, across = rng.uniform(0.04, 0.16), rng.uniform(-0.14, 0.14)
+        jaws: Literal["open", "closed"] = _pick(rng, {"open": 0.55, "closed": 0.45})
+        reach, across = rng.uniform(-0.08, 0.08), rng.uniform(-0.14, 0.14)
         x, y = SIDES[side]
-        instruments.append(Instrument(kind, shaft, side, (x * reach + y * across, y * reach + x * across), jaws))
+        tip = (x * reach + y * across, y * reach + x * across)
+        instruments.append(Instrument(kind, shaft, side, tip, None if kind == "hook" else jaws))
 
     # One quadrant each, so that nothing hides anything else of its sort.
     free = {"lower right": 0.40, "lower left": 0.25, "upper left": 0.20, "upper right": 0.15}
     blood = None
     if rng.random() < 0.46:
         blood = _spot(rng, free, 0.30, 0.37)
-    polyps = tuple(_spot(rng, free, 0.22, 0.28) for _ in range(_pick(rng, {0: 0.42, 1: 0.31, 2: 0.18, 3: 0.09})))
+    count = _pick(rng, {0: 0.42, 1: 0.31, 2: 0.18, 3: 0.09})
+    polyps = tuple(_spot(rng, free, 0.22, 0.28) for _ in range(count))
     polyp_colour = _pick(rng, {"white": 0.56, "brown": 0.44})
     return Scene(seed, index, size, mucosa, view, tuple(instruments), polyps, polyp_colour, blood)
 
@@ -166,7 +179,7 @@ def render(scene: Scene) -> Image.Image:
     """The picture: mucosa, then polyps, blood and instruments, then light, smoke, lens and noise."""
     width, height = scene.size
     rng = _stream(scene.seed, 3, scene.index)
-    radius = np.float32(0.60 * min(width, height))
+    radius = np.float32(VIEW_RADIUS * min(width, height))
     x, y = np.meshgrid(
         (np.arange(width, dtype=np.float32) - np.float32((width - 1) / 2)) / radius,
         (np.arange(height, dtype=np.float32) - np.float32((height - 1) / 2)) / radius,
@@ -212,14 +225,12 @@ def write_demo(folder: Path, *, seed: int = 7, images: int = IMAGES) -> Path:
     try:
         (staging / "images").mkdir()
         _render_all(seed, images, staging)
-        with open(staging / "questions.jsonl", "w", encoding="utf-8", newline="\n") as file:
-            for index in range(images):
-                for row in rows(seed, index):
-                    file.write(json.dumps(row) + "\n")
+        lines = [json.dumps(row) + "\n" for index in range(images) for row in rows(seed, index)]
+        (staging / "questions.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
         if folder.exists() and not listing.exists():
             shutil.rmtree(folder)  # what an interrupted copy left behind
         try:
-            os.replace(staging, folder)
+            staging.replace(folder)
         except OSError:
             if not listing.exists():  # otherwise another process finished first, with the same bytes
                 raise
@@ -245,7 +256,7 @@ def rows(seed: int, index: int) -> list[dict[str, str]]:
 
 
 def _render_all(seed: int, images: int, folder: Path) -> None:
-    """Threads, as numpy and Pillow work outside the interpreter's lock; a picture depends on its index alone."""
+    """In threads: numpy and Pillow release the interpreter's lock, and no picture depends on another."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         list(pool.map(partial(_render_one, seed, folder), range(images)))
 
@@ -281,7 +292,7 @@ def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
 
 
-# ── picture parts: each works on `picture`, float32 (height, width, 3) in 0..1, and on coordinates in view radii ──
+# Parts of a picture: each changes `picture`, (height, width, 3) in 0..1, in place; coordinates in view radii.
 
 
 @lru_cache(maxsize=1)
@@ -312,10 +323,11 @@ def _crop(rng: np.random.Generator, texture: Array, height: int, width: int) -> 
 def _inside(signed: Array, soft: np.float32 | float) -> Array:
     """1 where `signed` < -soft, 0 where it is > soft, smooth between (3t² - 2t³)."""
     t = np.clip((np.float32(soft) - signed) / np.float32(2 * soft), 0, 1)
-    return t * t * (3 - 2 * t)
+    smooth: Array = t * t * (3 - 2 * t)
+    return smooth
 
 
-def _blend(picture: Array, colour: Array | RGB, mask: Array) -> None:
+def _blend(picture: Array, colour: npt.ArrayLike, mask: Array) -> None:
     picture += (np.asarray(colour, np.float32) - picture) * mask[..., None]
 
 
@@ -324,6 +336,12 @@ def _window(x: Array, y: Array, cx: float, cy: float, reach: float) -> tuple[sli
     columns = np.flatnonzero(np.abs(x[0] - np.float32(cx)) < reach)
     lines = np.flatnonzero(np.abs(y[:, 0] - np.float32(cy)) < reach)
     return slice(int(lines[0]), int(lines[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _around(x: Array, y: Array, spot: Spot) -> tuple[Array, Array]:
+    """Coordinates with the spot's centre at 0 and its edge at 1."""
+    radius = np.float32(spot.radius)
+    return (x - np.float32(spot.x)) / radius, (y - np.float32(spot.y)) / radius
 
 
 def _mucosa(rng: np.random.Generator, scene: Scene, x: Array, y: Array, texture: tuple[Array, ...]) -> Array:
@@ -353,7 +371,7 @@ def _draw_polyp(
 ) -> None:
     """A dome: shadow around its foot, brighter towards the lamp, one wet highlight."""
     at = _window(x, y, polyp.x, polyp.y, polyp.radius * 1.7)
-    dx, dy = (x[at] - np.float32(polyp.x)) / np.float32(polyp.radius), (y[at] - np.float32(polyp.y)) / np.float32(polyp.radius)
+    dx, dy = _around(x[at], y[at], polyp)
     angle = np.float32(rng.uniform(-0.5, 0.5))
     stretch = np.float32(rng.uniform(0.86, 1.16))
     far = np.sqrt((dx + angle * dy) ** 2 * stretch + dy**2 / stretch)
@@ -375,7 +393,7 @@ def _draw_blood(
     """A dark red pool of ragged outline that runs down a little, with gleams on its wet surface."""
     clouds, _, grain = texture
     at = _window(x, y, pool.x, pool.y + 0.1, pool.radius * 1.9)
-    dx, dy = (x[at] - np.float32(pool.x)) / np.float32(pool.radius), (y[at] - np.float32(pool.y)) / np.float32(pool.radius)
+    dx, dy = _around(x[at], y[at], pool)
     ragged = np.float32(1.3) * (_crop(rng, clouds, *dx.shape) - np.float32(0.5))
     ragged += np.float32(0.35) * (_crop(rng, grain, *dx.shape) - np.float32(0.5))
     round_part = np.sqrt(dx * dx + dy * dy)
@@ -389,10 +407,17 @@ def _draw_blood(
     _blend(picture[at], (0.95, 0.75, 0.72), np.float32(0.6) * mask * gleam)
 
 
+def _box(along: Array, across: Array, middle: float, beside: float, half: float, width: float) -> Array:
+    """Signed distance (by the larger coordinate) to a rectangle around (middle, beside)."""
+    long = np.abs(along - np.float32(middle)) - np.float32(half)
+    signed: Array = np.maximum(np.abs(across - np.float32(beside)) - np.float32(width), long)
+    return signed
+
+
 def _draw_instrument(
     rng: np.random.Generator, picture: Array, x: Array, y: Array, tool: Instrument, soft: np.float32
 ) -> None:
-    """Shaft, collar and tip, lit as a cylinder. `along` runs from the tip out of the view, `across` beside it."""
+    """Shaft, collar and tip, lit as a cylinder: `along` runs from the tip out of the view, `across` it."""
     side_x, side_y = SIDES[tool.side]
     lean = rng.uniform(-0.18, 0.18)
     length = math.sqrt(1 + lean * lean)
@@ -404,10 +429,10 @@ def _draw_instrument(
     parts: list[tuple[Array, RGB]] = []  # signed distance to the outline (negative inside) and colour
     metal = TIP[tool.kind]
     if tool.kind == "hook":
-        rod = np.maximum(np.abs(across) - np.float32(0.035), np.abs(along - np.float32(0.2)) - np.float32(0.2))
-        heel = np.maximum(np.abs(along - np.float32(0.03)) - np.float32(0.035), np.abs(across - np.float32(0.1)) - np.float32(0.11))
-        sleeve = np.maximum(np.abs(across) - np.float32(0.085), np.abs(along - np.float32(0.32)) - np.float32(0.1))
-        parts += [(np.minimum(rod, heel), (0.80, 0.50, 0.28)), (sleeve, metal)]
+        rod = _box(along, across, 0.20, 0.0, 0.20, 0.045)
+        heel = _box(along, across, 0.03, 0.11, 0.045, 0.13)
+        sleeve = _box(along, across, 0.31, 0.0, 0.13, 0.10)
+        parts += [(np.minimum(rod, heel), COPPER), (sleeve, metal)]
     else:
         opening = 0.46 if tool.jaws == "open" else 0.0
         size = math.sqrt(1 + opening * opening)
@@ -417,19 +442,21 @@ def _draw_instrument(
             off = (across - np.float32(sign * opening) * (neck - along)) / np.float32(size) * sign
             if tool.kind == "grasper":
                 teeth = np.float32(0.022) * (np.abs((run * 16) % 1 - np.float32(0.5)) * 2)
-                body = np.maximum(np.abs(off - np.float32(0.035)) - np.float32(0.05) + teeth, run - np.float32(0.40))
+                body = np.maximum(
+                    np.abs(off - np.float32(0.05)) - np.float32(0.065) + teeth, run - np.float32(0.40)
+                )
             else:
-                taper = np.float32(0.055) * np.clip(1 - run / np.float32(0.46), 0, 1)
+                taper = np.float32(0.07) * np.clip(1 - run / np.float32(0.46), 0, 1)
                 body = np.maximum(np.abs(off - np.float32(0.012)) - taper, run - np.float32(0.46))
             parts.append((np.maximum(body, -run - np.float32(0.05)), metal))
-    ring = np.maximum(np.abs(across) - np.float32(0.12), np.abs(along - np.float32(0.44)) - np.float32(0.05))
-    tube = np.maximum(np.abs(across) - np.float32(0.13), np.float32(0.48) - along)
-    parts += [(ring, (0.55, 0.57, 0.60)), (tube, SHAFT[tool.shaft])]
+    ring = _box(along, across, 0.44, 0.0, 0.06, 0.12)
+    tube = np.maximum(np.abs(across) - np.float32(0.13), np.float32(0.49) - along)
+    parts += [(ring, metal), (tube, SHAFT[tool.shaft])]
 
     outline = parts[0][0]
     for signed, _ in parts[1:]:
         outline = np.minimum(outline, signed)
-    picture *= (1 - np.float32(0.5) * _inside(outline - np.float32(0.03), 0.06))[..., None]  # shadow on the tissue
+    picture *= (1 - np.float32(0.5) * _inside(outline - np.float32(0.03), 0.06))[..., None]  # shadow
     round_light = np.clip(1 - (across / np.float32(0.15)) ** 2, 0, 1)
     streak = np.clip(1 - np.abs(across + np.float32(0.045)) * np.float32(30), 0, 1)
     for signed, colour in parts:

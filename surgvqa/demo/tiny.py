@@ -1,14 +1,13 @@
 """Tiny models laid out like Qwen's model folders, with a tokenizer of their own and no weights.
 
-A folder written here has the files a hub folder has (config, generation config, image processor, tokenizer, chat
-template) with the same keys, so everything that reads a real model reads a tiny one. The weights are left to the
-reader: random ones made from `config.json` under its own seed.
+A folder written here has the files a hub folder has (config, generation config, image processor, tokenizer,
+chat template) with the same keys, so whatever reads a real model reads a tiny one. There are no weights: the
+reader makes random ones from `config.json` under a seed of its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -40,35 +39,40 @@ VOCABULARY = 768
 """Learned tokens at most: 256 bytes and the merges."""
 
 PRE_TOKENIZER = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen2 and Qwen3 cut text before the byte pairs are merged."""
 
 CORPUS = """
-You are a helpful assistant. You are an expert in surgical video. Answer the question about the image in one word or
-a short phrase. Answer with yes or no. Look at the whole view before you answer.
-The endoscope is passed through the mouth into the oesophagus, the stomach and the duodenum. The mucosa is pink and
-smooth with a fine pattern of vessels. The Z line lies at the junction of oesophagus and stomach. The pylorus opens into
-the bulb. In the caecum the appendix orifice and the ileocaecal valve are seen. The lumen of the colon is clean, the bowel
-preparation is good. There is a sessile polyp of six millimetres in the ascending colon and a pedunculated polyp of
-twelve millimetres in the sigmoid. The polyp was removed with a cold snare after submucosal injection. The margins are
-clear of residual tissue. A clip was placed because of bleeding. Biopsies were taken from the antrum with forceps.
-Oesophagitis grade B, Barrett metaplasia, ulcerative colitis, diverticulum, haemorrhoids, angiectasia, erosion, ulcer.
-The laparoscope shows the gallbladder, the liver and the cystic duct. The grasper retracts the fundus towards the right
-shoulder while the hook dissects the peritoneum of Calot's triangle. The critical view of safety is achieved: two
-structures enter the gallbladder, the cystic artery and the cystic duct. The clipper places three clips, the scissors cut
-between them. The gallbladder is dissected from the liver bed and packaged in a specimen bag. The irrigator washes and
-aspirates blood and bile. Smoke from the bipolar forceps obscures the view. The needle driver holds the needle, the
-assistant cuts the suture. The stapler is fired, the anastomosis is tested. The omentum is adherent to the abdominal wall.
-Which phase of the operation is shown? Which organ is operated on? Which instrument is used by the left hand, and what is
-it doing? Is the tool idle, grasping, cutting, clipping, retracting, coagulating, cauterising or looping? Where is the
-lesion: upper left, upper right, lower left, lower right, centre? How many findings, instruments, polyps are there in the
-image? None, one, two, three, four, five, six or more. What is the size of the lesion: less than 5 mm, 5 to 10 mm, 11 to
-20 mm, more than 20 mm? What colour is the abnormality: pink, red, white, yellow, brown, black, blue, green, grey, pale?
-Is there text in the image? Is there a green or black box artefact? Have all polyps been removed? Is this easy to detect?
-What type of procedure is the image taken from: gastroscopy, colonoscopy, capsule endoscopy, cholecystectomy, nephrectomy?
-prograsp forceps, monopolar curved scissors, large needle driver, bipolar forceps, suction, ultrasound probe, kidney.
-left, right, top, bottom, open, closed, clear, smoky, dark, orange, yes, no, 0 1 2 3 4 5 6 7 8 9.
+You are a helpful assistant. You are an expert in surgical video. Answer the question about the image in
+one word or a short phrase. Answer with yes or no. Look at the whole view before you answer. The endoscope
+is passed through the mouth into the oesophagus, the stomach and the duodenum. The mucosa is pink and
+smooth with a fine pattern of vessels. The Z line lies at the junction of oesophagus and stomach. The
+pylorus opens into the bulb. In the caecum the appendix orifice and the ileocaecal valve are seen. The
+lumen of the colon is clean, the bowel preparation is good. There is a sessile polyp of six millimetres in
+the ascending colon and a pedunculated polyp of twelve millimetres in the sigmoid. The polyp was removed
+with a cold snare after submucosal injection. The margins are clear of residual tissue. A clip was placed
+because of bleeding. Biopsies were taken from the antrum with forceps. Oesophagitis grade B, Barrett
+metaplasia, ulcerative colitis, diverticulum, haemorrhoids, angiectasia, erosion, ulcer. The laparoscope
+shows the gallbladder, the liver and the cystic duct. The grasper retracts the fundus towards the right
+shoulder while the hook dissects the peritoneum of Calot's triangle. The critical view of safety is
+achieved: two structures enter the gallbladder, the cystic artery and the cystic duct. The clipper places
+three clips, the scissors cut between them. The gallbladder is dissected from the liver bed and packaged
+in a specimen bag. The irrigator washes and aspirates blood and bile. Smoke from the bipolar forceps
+obscures the view. The needle driver holds the needle, the assistant cuts the suture. The stapler is
+fired, the anastomosis is tested. The omentum is adherent to the abdominal wall. Which phase of the
+operation is shown? Which organ is operated on? Which instrument is used by the left hand, and what is it
+doing? Is the tool idle, grasping, cutting, clipping, retracting, coagulating, cauterising or looping?
+Where is the lesion: upper left, upper right, lower left, lower right, centre? How many findings,
+instruments, polyps are there in the image? None, one, two, three, four, five, six or more. What is the
+size of the lesion: less than 5 mm, 5 to 10 mm, 11 to 20 mm, more than 20 mm? What colour is the
+abnormality: pink, red, white, yellow, brown, black, blue, green, grey, pale? Is there text in the image?
+Is there a green or black box artefact? Have all polyps been removed? Is this easy to detect? What type of
+procedure is the image taken from: gastroscopy, colonoscopy, capsule endoscopy, cholecystectomy,
+nephrectomy? prograsp forceps, monopolar curved scissors, large needle driver, bipolar forceps, suction,
+ultrasound probe, kidney. left, right, top, bottom, open, closed, clear, smoky, dark, orange, yes, no, 0 1
+2 3 4 5 6 7 8 9.
 """
 """What the tokenizer learns from, beside the demo's own questions."""
 
@@ -79,7 +83,7 @@ _GENERATION = {
 
 
 def write_tiny_model(name: str, folder: Path) -> Path:
-    """Write the model folder of one of TINY_MODELS and return it; one that is already there is left as it is."""
+    """Write the model folder of one of TINY_MODELS and return it; one already there is left as it is."""
     if name not in TINY_MODELS:
         raise ValueError(f"{name!r} is not a tiny model; known: {', '.join(TINY_MODELS)}")
     folder = Path(folder)
@@ -110,7 +114,7 @@ def write_tiny_model(name: str, folder: Path) -> Path:
         if folder.exists() and not (folder / "config.json").exists():
             shutil.rmtree(folder)  # what an interrupted copy left behind
         try:
-            os.replace(staging, folder)
+            staging.replace(folder)
         except OSError:
             if not (folder / "config.json").exists():  # otherwise another process finished first
                 raise
@@ -122,7 +126,10 @@ def write_tiny_model(name: str, folder: Path) -> Path:
 def _corpus() -> list[str]:
     """Lines to learn from; the demo's questions weigh most, so that each of their words is one token."""
     demo = {
-        f"{text}\n" for index in range(200) for row in scenes.rows(0, index) for text in (row["question"], row["answer"])
+        f"{text}\n"
+        for index in range(200)
+        for row in scenes.rows(0, index)
+        for text in (row["question"], row["answer"])
     }
     chat = ["system\nuser\nassistant\n"]
     return (sorted(demo) + chat) * 40 + CORPUS.split("\n")
@@ -130,7 +137,17 @@ def _corpus() -> list[str]:
 
 def _tokenizer() -> tuple[str, dict[str, int]]:
     """A byte-level BPE built as Qwen's is: the text of its tokenizer.json, and the ids of all tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -140,13 +157,17 @@ def _tokenizer() -> tuple[str, dict[str, int]]:
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    )
     return tokenizer.to_str(pretty=True), tokenizer.get_vocab(with_added_tokens=True)
 
 
@@ -219,8 +240,8 @@ def _config(family: str, ids: dict[str, int]) -> dict[str, Any]:
         "eos_token_id": ids["<|im_end|>"],
         "hidden_act": "silu",
         "hidden_size": 128,
-        "initializer_range": 0.05,
-        "intermediate_size": 384,
+        "initializer_range": 0.09,
+        "intermediate_size": 256,
         "max_position_embeddings": 4096,
         "num_attention_heads": 4,
         "num_hidden_layers": 3,
@@ -240,13 +261,13 @@ def _config(family: str, ids: dict[str, int]) -> dict[str, Any]:
             "tie_word_embeddings": True,
             "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
             "vision_config": {
-                "depth": 3,
-                "embed_dim": 96,
+                "depth": 2,
+                "embed_dim": 64,
                 "mlp_ratio": 3,
-                "num_heads": 3,
+                "num_heads": 2,
                 "in_chans": 3,
                 "hidden_size": text["hidden_size"],
-                "initializer_range": 0.05,
+                "initializer_range": 0.09,
                 "patch_size": 14,
                 "spatial_merge_size": 2,
                 "spatial_patch_size": 14,
@@ -267,15 +288,15 @@ def _config(family: str, ids: dict[str, int]) -> dict[str, Any]:
             "tie_word_embeddings": True,
         },
         "vision_config": {
-            "deepstack_visual_indexes": [1],
-            "depth": 3,
+            "deepstack_visual_indexes": [0],
+            "depth": 2,
             "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": 96,
+            "hidden_size": 64,
             "in_channels": 3,
-            "initializer_range": 0.05,
-            "intermediate_size": 288,
+            "initializer_range": 0.09,
+            "intermediate_size": 192,
             "model_type": "qwen3_vl",
-            "num_heads": 3,
+            "num_heads": 2,
             "num_position_embeddings": 64,
             "out_hidden_size": text["hidden_size"],
             "patch_size": 16,

@@ -41,17 +41,15 @@ def greedy(
     stops = torch.tensor(list(stop_ids), device=device)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         cache = DynamicCache(config=qwen.config.text_config)
-        keep = torch.zeros_like(pack.keep)
-        keep[0, pack.ends] = True
         logits = qwen(
             input_ids=pack.ids,
             position_ids=pack.positions,
             mm_encoder_outputs={"image": image_features(model, pack.patches, pack.grids)},
-            logits_to_keep=keep,
+            logits_to_keep=pack.ends,
             past_key_values=cache,
             use_cache=True,
             **attention.arguments(pack, attn),
-        ).logits
+        ).logits[0]
         # Row b of `sees`: which of the cached tokens branch b may look at.
         sees = _visible_from(pack)
         live = torch.arange(branches, device=device)
@@ -70,9 +68,8 @@ def greedy(
                 position_ids=position.expand(3, 1, -1),
                 attention_mask=sees[None, None],
                 past_key_values=cache,
-                logits_to_keep=torch.ones((1, len(live)), dtype=torch.bool, device=device),
                 use_cache=True,
-            ).logits
+            ).logits[0]
             position = position + 1
     return answers
 

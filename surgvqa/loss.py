@@ -35,5 +35,5 @@ class TreeLoss(nn.Module):
                 use_cache=False,
                 **attention.arguments(pack, self.attn),
             ).logits
-        nats = F.cross_entropy(logits.float()[pack.pick], pack.targets, reduction="none")
+        nats = F.cross_entropy(logits[0].float()[pack.pick], pack.targets, reduction="none")
         return (nats * pack.weights).sum()

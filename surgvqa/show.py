@@ -88,7 +88,7 @@ def _segments(questions, chosen: Sequence[int]) -> list[Segment]:  # type: ignor
     ids = packed.ids[0].tolist()
     texts = questions.chat.token_texts(ids)
     positions = [(int(t), int(h), int(w)) for t, h, w in packed.positions[:, 0].T.tolist()]
-    kept = packed.keep[0].nonzero()[:, 0].tolist()
+    kept = packed.keep.tolist()
     label = {
         kept[pick]: questions.chat.token_texts([target])[0]
         for pick, target in zip(packed.pick.tolist(), packed.targets.tolist(), strict=True)

@@ -55,7 +55,7 @@ class Pack:
     spans: tuple[tuple[int, int, int], ...]
     """(start, end of root, end) of each tree."""
     keep: Tensor
-    """(1, tokens) true where a logit is needed."""
+    """(kept,) the tokens whose logits are needed, rising."""
     ends: Tensor
     """(branches,) last token of each branch, in depth-first order."""
     pick: Tensor
@@ -146,14 +146,12 @@ def pack(trees: Sequence[Tree]) -> Pack:
         last[slot][:] = at
         spans.append((start, root_end, at))
     kept, pick = np.unique(np.asarray(sources, np.int64), return_inverse=True)
-    keep = torch.zeros((1, at), dtype=torch.bool)
-    keep[0, torch.from_numpy(kept)] = True
     return Pack(
         ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None],
         last=torch.from_numpy(np.concatenate(last)),
         spans=tuple(spans),
-        keep=keep,
+        keep=torch.from_numpy(kept),
         ends=torch.tensor(ends, dtype=torch.int64),
         pick=torch.from_numpy(pick.astype(np.int64)),
         targets=torch.tensor(targets, dtype=torch.int64),

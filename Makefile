@@ -1,0 +1,37 @@
+# make demo   install into .venv, train on generated endoscopy scenes, evaluate, print the results
+# make test   what continuous integration runs
+# make venv   only install; make clean removes it, and never a run
+
+PYTHON ?= python3
+BIN := .venv/bin
+MINOR := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
+
+.PHONY: demo test venv clean
+
+demo: venv
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m surgvqa.train recipes/demo.yaml
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+venv: .venv/runtime
+
+.venv/runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(MINOR)))' || \
+		{ echo "$(PYTHON) must be Python 3.$(MINOR) or newer; name another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Installing into .venv; the first time this takes some minutes."
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --editable . --constraint constraints.txt
+	@touch $@
+
+.venv/dev: .venv/runtime
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

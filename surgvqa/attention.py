@@ -103,7 +103,12 @@ def tree_attention(
             tree = slice(start, end)
             parts.append(
                 F.scaled_dot_product_attention(
-                    query[:, :, root_end:end], key[:, :, tree], value[:, :, tree], mask, dropout, scale=scaling
+                    query[:, :, root_end:end],
+                    key[:, :, tree],
+                    value[:, :, tree],
+                    mask,
+                    dropout,
+                    scale=scaling,
                 )
             )
     return torch.cat(parts, 2).transpose(1, 2), None

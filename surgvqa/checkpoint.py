@@ -29,7 +29,7 @@ _OWN = re.compile(r"step-(\d{6,})\Z")
 
 
 def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Have `write` fill a folder, make it durable, and only then delete old ones beyond `keep` (not the best).
+    """Have `write` fill a folder, make it durable, and only then delete old ones beyond `keep`, but the best.
 
     Raises OSError where the disk fails; what was there before is then still there.
     """
@@ -58,12 +58,14 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int) -> 
 def steps(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of what looks like a checkpoint of ours, oldest first; not yet verified."""
     found = [(_OWN.match(folder.name), folder) for folder in root.iterdir()] if root.is_dir() else []
-    return sorted((int(match[1]), folder) for match, folder in found if match and (folder / MANIFEST).is_file())
+    return sorted(
+        (int(match[1]), folder) for match, folder in found if match and (folder / MANIFEST).is_file()
+    )
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with newer ones that do not."""
-    rejected = []
+    rejected: list[str] = []
     for _, folder in reversed(steps(root)):
         problems = verify(folder)
         if not problems:
@@ -121,9 +123,9 @@ def write_json(path: Path, content: Any) -> None:
 def save_optimizer(file: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
     """AdamW's moments as `parameter name|moment` → tensor."""
     tensors = {
-        f"{names[parameter]}|{key}": value.detach().cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{name}|{key}": value.detach().cpu().contiguous()
+        for parameter, name in names.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
     save_file(tensors, file)
 

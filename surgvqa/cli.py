@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgvqa import recipe
+from surgvqa.datasets import Problem
 from surgvqa.recipe import BadInput
 
 
 def check(argv: Sequence[str]) -> int:
     """Read recipes and their data and list everything that is wrong; imports no torch."""
     parser = argparse.ArgumentParser("surgvqa check", description=check.__doc__)
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipe files; key=value overrides may follow")
+    parser.add_argument(
+        "recipes", nargs="+", metavar="RECIPE", help="recipe files; key=value overrides may follow"
+    )
     given = parser.parse_intermixed_args(argv)
     overrides = [word for word in given.recipes if "=" in word and not Path(word).exists()]
     files = [word for word in given.recipes if word not in overrides]
@@ -35,7 +38,7 @@ def check(argv: Sequence[str]) -> int:
     return failed
 
 
-def _problems(settings: recipe.Recipe):  # type: ignore[no-untyped-def]
+def _problems(settings: recipe.Recipe) -> Sequence[Problem]:
     from surgvqa import audit, datasets, hub
 
     data, image = settings.data, settings.image
@@ -45,7 +48,13 @@ def _problems(settings: recipe.Recipe):  # type: ignore[no-untyped-def]
     )
     factor = hub.guess_factor(settings.model.name)
     return audit.audit(
-        dataset, mode=image.mode, size=image.size, max_tokens=image.max_tokens, factor=factor, by=split.by, progress=True
+        dataset,
+        mode=image.mode,
+        size=image.size,
+        max_tokens=image.max_tokens,
+        factor=factor,
+        by=split.by,
+        progress=True,
     ).problems
 
 

@@ -1,9 +1,9 @@
 """Greedy answers over trees: every branch of every image in a pack grows by one token per forward pass.
 
-    prefill   root · Q1 · Q2 · Q3                 once, the image shared
-    step 1    a1   b1   c1                        one new token per branch, which sees its branch,
-    step 2    a2   b2   c2                        the root, and what it has said itself
-    step 3    a3   ∎    c3                        branches that have ended drop out
+prefill   root · Q1 · Q2 · Q3                 once, the image shared
+step 1    a1   b1   c1                        one new token per branch, which sees its branch,
+step 2    a2   b2   c2                        the root, and what it has said itself
+step 3    a3   ∎    c3                        branches that have ended drop out
 """
 
 from __future__ import annotations

@@ -209,7 +209,9 @@ def workers_of(asked: int | None, accelerator: Accelerator) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("surgvqa evaluate", description="Answer and score a part of a run's data.")
+    parser = argparse.ArgumentParser(
+        "surgvqa evaluate", description="Answer and score a part of a run's data."
+    )
     parser.add_argument("run", type=Path, help="output folder of a training run")
     parser.add_argument("--split", choices=["train", "val", "test"], help="default: the recipe's eval.final")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")

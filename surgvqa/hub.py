@@ -118,12 +118,14 @@ def guess_factor(name: str) -> int:
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError:
-        raise BadInput(f"model.name: {name!r} is neither a folder here nor a hub id such as owner/name") from None
+        raise BadInput(
+            f"model.name: {name!r} is neither a folder here nor a hub id such as owner/name"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise BadInput(

@@ -1,7 +1,7 @@
 """Models: loaded whole or not at all, frozen and adapted as the recipe says, with parts that can be counted.
 
-    Folder ── build ──▶ Qwen2-VL / Qwen3-VL, tree attention, patch embedding as a matrix product
-           ── adapt ──▶ frozen parts, LoRA adapters, fp32 masters for whatever trains
+Folder ── build ──▶ Qwen2-VL / Qwen3-VL, tree attention, patch embedding as a matrix product
+       ── adapt ──▶ frozen parts, LoRA adapters, fp32 masters for whatever trains
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from surgvqa import attention
 from surgvqa.hub import Folder, with_weights
 from surgvqa.recipe import BadInput
+
+transformers_logging.disable_progress_bar()  # ours is the only one
 
 Part = Literal["vision", "merger", "deepstack", "language", "lm_head", "adapters"]
 PARTS: tuple[Part, ...] = ("vision", "merger", "deepstack", "language", "lm_head", "adapters")
@@ -71,11 +74,15 @@ def _load_whole(cls: Any, path: Path, name: str, dtype: torch.dtype) -> Any:
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise BadInput(f"{name}: weights in {path} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise BadInput(
+            f"{name}: weights in {path} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
     problems = []
     for kind, keys in (("missing", info["missing_keys"]), ("not of this model", info["unexpected_keys"])):
         if keys:
-            problems.append(f"{name}: {len(keys)} weights {kind}, e.g. {', '.join(sorted(map(str, keys))[:3])}")
+            problems.append(
+                f"{name}: {len(keys)} weights {kind}, e.g. {', '.join(sorted(map(str, keys))[:3])}"
+            )
     for key, found, expected in sorted(info["mismatched_keys"])[:5]:
         problems.append(f"{name}: {key} is {tuple(found)} in the file, {tuple(expected)} by config.json")
     if problems:
@@ -146,7 +153,8 @@ def lora_targets(model: Any, modules: Sequence[str]) -> list[str]:
         if not matched:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear if ".language_model." in name})
             problems.append(
-                f"model.lora.modules: {pattern!r} matches no linear layer; the language model has {', '.join(known)}"
+                f"model.lora.modules: {pattern!r} matches no linear layer; "
+                f"the language model has {', '.join(known)}"
             )
         targets.update(dict.fromkeys(matched))
     if problems:

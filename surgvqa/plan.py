@@ -94,15 +94,13 @@ class Plan:
         for tokens, piece in pieces:
             rank = load.index(min(load))
             load[rank] += tokens
-            for index, free in enumerate(room[rank]):
-                if tokens <= free:
-                    break
-            else:
-                index = len(room[rank])
-                room[rank].append(self.tokens_per_micro_batch)
+            fitting = [index for index, free in enumerate(room[rank]) if tokens <= free]
+            if not fitting:
+                fitting.append(len(ranks[rank]))
                 ranks[rank].append([])
-            room[rank][index] -= tokens
-            ranks[rank][index].append(piece)
+                room[rank].append(self.tokens_per_micro_batch)
+            room[rank][fitting[0]] -= tokens
+            ranks[rank][fitting[0]].append(piece)
         most = max(map(len, ranks))
         return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in ranks]
 

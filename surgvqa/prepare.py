@@ -65,12 +65,14 @@ class Prepared:
             seed=self.recipe.train.seed,
             trees=batch.trees,
         )
-        problems = [
-            f"{questions.examples[question].place}: question {questions.examples[question].id!r} cannot fit: "
-            f"{plan.tokens([question]):,} tokens ({questions.root_tokens[questions.image[question]]:,} of them "
-            f"its image and system message) against batch.tokens_per_micro_batch {batch.tokens_per_micro_batch:,}"
-            for question in plan.too_long()
-        ]
+        problems = []
+        for question in plan.too_long():
+            example, root = questions.examples[question], questions.root_tokens[questions.image[question]]
+            problems.append(
+                f"{example.place}: question {example.id!r} cannot fit: {plan.tokens([question]):,} tokens "
+                f"({root:,} of them its image and system message) against batch.tokens_per_micro_batch "
+                f"{batch.tokens_per_micro_batch:,}"
+            )
         if problems:
             raise BadInput(problems)
         return plan

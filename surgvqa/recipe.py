@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -351,7 +351,11 @@ def _suggestion(path: tuple[str, ...]) -> str:
     if close:
         return f', did you mean "{close[0]}"?'
     elsewhere = [key for key in _all_keys(Recipe) if key.split(".")[-1] == path[-1]]
-    return f', did you mean "{elsewhere[0]}"?' if elsewhere else f"; known here: {', '.join(section.model_fields)}"
+    return (
+        f', did you mean "{elsewhere[0]}"?'
+        if elsewhere
+        else f"; known here: {', '.join(section.model_fields)}"
+    )
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -374,7 +378,11 @@ def reference() -> str:
         for parent in parents:
             section = section.model_fields[parent].annotation
         field = section.model_fields[name]
-        default = "required" if field.is_required() else f"`{yaml.safe_dump(field.default, default_flow_style=True).split(chr(10))[0]}`"
+        default = (
+            "required"
+            if field.is_required()
+            else f"`{yaml.safe_dump(field.default, default_flow_style=True).split(chr(10))[0]}`"
+        )
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         rows.append(f"| `{key}` | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
@@ -411,18 +419,22 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema: `1e-4` is a number, `yes` and `18:00` are text, a key given twice is an error."""
+    """YAML 1.2's core schema: `1e-4` is a number, `yes` and `18:00` are text, keys are given once."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not text", key_node.start_mark
+                )
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -434,3 +446,7 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

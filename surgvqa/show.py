@@ -1,6 +1,6 @@
 """What the model sees of one image and its questions: the canvas, and every token with its role.
 
-    surgvqa show RECIPE --index N ──▶ canvas-0.png …, tree.html, and the same in colours on the terminal
+surgvqa show RECIPE --index N ──▶ canvas-0.png …, tree.html, and the same in colours on the terminal
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from surgvqa import letterbox
 from surgvqa.plan import trees_of
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Part, Recipe
-from surgvqa.tree import pack
+from surgvqa.tree import Questions, pack
 
 STYLES = {"root": "cyan", "prompt": "yellow", "supervised": "bold green", "rest": "dim"}
 
@@ -65,7 +65,9 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
         )
     segments = _segments(questions, chosen)
     page = out / "tree.html"
-    page.write_text(_PAGE.render(facts=facts, images=len(example.images), segments=segments), encoding="utf-8")
+    page.write_text(
+        _PAGE.render(facts=facts, images=len(example.images), segments=segments), encoding="utf-8"
+    )
     for line in facts:
         console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
     for segment in segments:
@@ -81,7 +83,7 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
     console.print(f"every token with its position and label: {page}", markup=False, soft_wrap=True)
 
 
-def _segments(questions, chosen: Sequence[int]) -> list[Segment]:  # type: ignore[no-untyped-def]
+def _segments(questions: Questions, chosen: Sequence[int]) -> list[Segment]:
     """The tree as it is packed: read back from the tensors that a forward pass gets."""
     tree = questions.tree(chosen)
     packed = pack([tree])
@@ -96,7 +98,7 @@ def _segments(questions, chosen: Sequence[int]) -> list[Segment]:  # type: ignor
     supervised = {place + 1 for place in label}
 
     def tokens(start: int, end: int, role: str) -> list[Token]:
-        made = []
+        made: list[Token] = []
         for place in range(start, end):
             if place in supervised:
                 here = "supervised"
@@ -106,7 +108,11 @@ def _segments(questions, chosen: Sequence[int]) -> list[Segment]:  # type: ignor
         return made
 
     root_end = packed.spans[0][1]
-    segments = [Segment(f"root, {root_end} tokens, positions 0…{tree.root.next_position - 1}", tokens(0, root_end, "root"))]
+    segments = [
+        Segment(
+            f"root, {root_end} tokens, positions 0…{tree.root.next_position - 1}", tokens(0, root_end, "root")
+        )
+    ]
     start = root_end
     for number, branch in zip(chosen, tree.branches, strict=True):
         end = start + len(branch.ids)
@@ -155,7 +161,8 @@ img { max-width: 24rem; border: 1px solid #8888; margin-right: 1rem; }
 Below each token: its id, its position (temporal, row, column), and → the token it is trained to predict.</p>
 {% for segment in segments %}<h2>{{ segment.title }}</h2><div>
 {%- for token in segment.tokens -%}
-<span class="token {{ token.role }}">{{ token.text.replace("\\n", "↵") }}<small>{{ token.id }} @ {{ token.positions | join(",") }}
+<span class="token {{ token.role }}">{{ token.text.replace("\\n", "↵") -}}
+<small>{{ token.id }} @ {{ token.positions | join(",") }}
 {%- if token.label %} → {{ token.label.replace("\\n", "↵") }}{% endif %}</small></span>
 {%- endfor -%}
 </div>{% endfor %}

@@ -79,8 +79,8 @@ class ChatTokens:
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.path)
         self._special = frozenset(self.tokenizer.get_added_vocab())
         wrong = [
-            f"{folder.name}: the tokenizer gives {token} the id {self.tokenizer.convert_tokens_to_ids(token)}, "
-            f"config.json says {expected}"
+            f"{folder.name}: the tokenizer gives {token} the id "
+            f"{self.tokenizer.convert_tokens_to_ids(token)}, config.json says {expected}"
             for token, expected in folder.special.items()
             if self.tokenizer.convert_tokens_to_ids(token) != expected
         ]
@@ -94,8 +94,12 @@ class ChatTokens:
         self._before, found, rest = branch.partition(_QUESTION)
         self._between, answer_found, self._after = rest.partition(_ANSWER)
         prompt = self.render(self._conversation(_QUESTION), add_generation_prompt=True)
-        if not (cut and found and answer_found and whole.startswith(prompt) and prompt.endswith(self._between)):
-            raise BadInput(f"{folder.name}: its chat template does not put image, question and answer in that order")
+        if not (
+            cut and found and answer_found and whole.startswith(prompt) and prompt.endswith(self._between)
+        ):
+            raise BadInput(
+                f"{folder.name}: its chat template does not put image, question and answer in that order"
+            )
         self._roots: dict[int, Ints] = {}
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
@@ -144,7 +148,8 @@ class ChatTokens:
         questions = [self.question_text(example) for example in examples]
         answers = [example.answers[0].strip() for example in examples]
         problems = [
-            f"{example.place or example.id}: holds the special token {token}, which would break the conversation"
+            f"{example.place or example.id}: holds the special token {token}, "
+            "which would break the conversation"
             for example, question, answer in zip(examples, questions, answers, strict=True)
             if "<" in question or "<" in answer
             for token in sorted(self._special)
@@ -185,10 +190,14 @@ class ChatTokens:
             self.question_text(example), example.answers[0].strip(), images=len(example.images)
         )
 
-    def _conversation(self, question: str, answer: str | None = None, images: int = 1) -> list[dict[str, Any]]:
-        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+    def _conversation(
+        self, question: str, answer: str | None = None, images: int = 1
+    ) -> list[dict[str, Any]]:
+        system: list[dict[str, Any]] = []
+        if self.system is not None:
+            system.append({"role": "system", "content": self.system})
         content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
-        asked = [*system, {"role": "user", "content": content}]
+        asked: list[dict[str, Any]] = [*system, {"role": "user", "content": content}]
         return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
 
     def patches(self, canvas: Image.Image) -> NDArray[np.float32]:

@@ -43,7 +43,15 @@ log = logging.getLogger("surgvqa")
 MOST_SKIPPED = 10
 """So many steps in a row without finite gradients end the run."""
 
-HARMLESS = ("output", "log.", "eval.", "checkpoint.", "data.workers", "model.attn", "batch.tokens_per_micro_batch")
+HARMLESS = (
+    "output",
+    "log.",
+    "eval.",
+    "checkpoint.",
+    "data.workers",
+    "model.attn",
+    "batch.tokens_per_micro_batch",
+)
 """Keys that may differ between the runs of one experiment: they do not change what is learned."""
 
 
@@ -124,7 +132,9 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def write(folder: Path, step: int) -> None:
-        network.save_pretrained(folder, **({"save_embedding_layers": False} if settings.model.tune == "lora" else {}))
+        network.save_pretrained(
+            folder, **({"save_embedding_layers": False} if settings.model.tune == "lora" else {})
+        )
         prepared.chat.save(folder)
         (folder / "recipe.yaml").write_text(settings.dump(), encoding="utf-8")
         checkpoint.save_optimizer(folder / "optimizer.safetensors", optimizer, names)
@@ -133,7 +143,9 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
 
     def save(step: int) -> None:
         if main:
-            checkpoint.save(checkpoints, step, lambda folder: write(folder, step), keep=settings.checkpoint.keep)
+            checkpoint.save(
+                checkpoints, step, lambda folder: write(folder, step), keep=settings.checkpoint.keep
+            )
         accelerator.wait_for_everyone()
 
     def answer(which: str, advance: Callable[[int], None] | None = None) -> list[metrics.Prediction]:
@@ -157,7 +169,10 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
         nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         began = time.perf_counter()
         for job, pack in packs(
-            questions, _jobs(plan, start, total, rank, world), workers=workers, pin=accelerator.device.type == "cuda"
+            questions,
+            _jobs(plan, start, total, rank, world),
+            workers=workers,
+            pin=accelerator.device.type == "cuda",
         ):
             step = job.step
             asked = [question for tree in plan.step(step) for question in tree]
@@ -275,7 +290,9 @@ def banner(
         state = "trains" if trains == parameters else "frozen" if not trains else f"{trains:,} train"
         yield f"            {part:<10}{parameters:>16,}  {state}"
     if settings.model.tune == "lora":
-        adapted = [name.rsplit(".", 1)[-1] for name, part in network.named_modules() if hasattr(part, "lora_A")]
+        adapted = [
+            name.rsplit(".", 1)[-1] for name, part in network.named_modules() if hasattr(part, "lora_A")
+        ]
         listed = ", ".join(f"{name} ×{count}" for name, count in Counter(adapted).items())
         yield f"            adapters on {len(adapted)} modules: {listed}"
     device = accelerator.device
@@ -322,7 +339,8 @@ def _canvas_line(settings: Recipe, prepared: Prepared, factor: int) -> str:
         side = letterbox.snap(image.size, factor)
         return f"{image.size} → {side}, {side // factor}×{side // factor} = {(side // factor) ** 2} tokens"
     tokens = [canvas.tokens(factor) for canvas in prepared.canvases.values()]
-    return f"native, {min(tokens)} to {max(tokens)} tokens, mean {sum(tokens) / len(tokens):.0f} (limit {image.max_tokens})"
+    mean = sum(tokens) / len(tokens)
+    return f"native, {min(tokens)} to {max(tokens)} tokens, mean {mean:.0f} (limit {image.max_tokens})"
 
 
 def _jobs(plan: Plan, start: int, total: int, rank: int, world: int) -> Iterator[tuple[Job, list[Tree]]]:
@@ -359,7 +377,9 @@ def _new_model(settings: Recipe, folder: hub.Folder) -> Any:
 def _recompute_layers(network: Any) -> None:
     """Gradient checkpointing by layer; the reentrant kind fails under DDP."""
     # transformers renamed it in 5.22 and warns about the old name.
-    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable = (
+        getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})
 
 
@@ -396,12 +416,19 @@ def _claim(run: Path, fresh: bool) -> None:
     if fresh:
         for name in ("checkpoints", "tensorboard"):
             shutil.rmtree(run / name, ignore_errors=True)
-        for name in ("recipe.yaml", "metrics.jsonl", "trace.jsonl", "eval.jsonl", "predictions.jsonl", "scores.json"):
+        for name in (
+            "recipe.yaml",
+            "metrics.jsonl",
+            "trace.jsonl",
+            "eval.jsonl",
+            "predictions.jsonl",
+            "scores.json",
+        ):
             (run / name).unlink(missing_ok=True)
 
 
 def _resumable(run: Path, settings: Recipe, prepared: Prepared) -> tuple[int, Path] | None:
-    """Step and folder of the checkpoint to go on from. Raises BadInput where it belongs to another experiment."""
+    """Step and folder of the checkpoint to go on from. Raises BadInput where it is another experiment's."""
     folder, rejected = checkpoint.newest(run / "checkpoints")
     for problem in rejected:
         log.warning("warning: %s", problem)
@@ -416,7 +443,9 @@ def _resumable(run: Path, settings: Recipe, prepared: Prepared) -> tuple[int, Pa
         if not difference.startswith(HARMLESS)
     ]
     if state["data"] != prepared.fingerprint():
-        differences.append("the training data: its questions, answers, order or images are not what they were")
+        differences.append(
+            "the training data: its questions, answers, order or images are not what they were"
+        )
     if differences:
         cure = f"{folder} was trained otherwise; choose another output, or start over with --fresh --yes:"
         raise BadInput([cure, *(f"  {difference}" for difference in differences)])
@@ -459,8 +488,8 @@ class _Records:
         if self.writes:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)  # type: ignore[no-untyped-call]
-            self.stack.callback(self.board.close)  # type: ignore[no-untyped-call]
+            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
+            self.stack.callback(self.board.close)
             self.files = {
                 name: self.stack.enter_context((self.run / name).open("a", encoding="utf-8"))
                 for name in ("metrics.jsonl", "eval.jsonl", *(["trace.jsonl"] if self.traces else []))
@@ -485,25 +514,28 @@ class _Records:
             return
         _append(self.files["metrics.jsonl"], row)
         for key in row.keys() - {"step", "epoch"}:
-            self.board.add_scalar(f"train/{key}", row[key], row["step"])  # type: ignore[no-untyped-call]
+            self.board.add_scalar(f"train/{key}", row[key], row["step"])
         numbers = (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['questions_per_s']:.1f} questions/s  "
             f"{row['tokens'] / row['seconds']:,.0f} tokens/s"
         )
         self.progress.update(self.task, completed=row["step"], numbers=numbers)
         # A log file gets a line now and then where a terminal gets a bar.
-        if not self.console.is_terminal and row["step"] % max(1, self.total // 50) in (0, self.start + 1):
+        regular = row["step"] % max(1, self.total // 25) == 0
+        if not self.console.is_terminal and (regular or row["step"] in (self.start + 1, self.total)):
             self.console.print(f"step {row['step']}/{self.total}  {numbers}", highlight=False, soft_wrap=True)
 
     def trace(self, step: int, ids: Sequence[str], tokens: int, loss: float) -> None:
         if self.traces:
-            _append(self.files["trace.jsonl"], {"step": step, "ids": ids, "tokens": tokens, "loss": loss.hex()})
+            _append(
+                self.files["trace.jsonl"], {"step": step, "ids": ids, "tokens": tokens, "loss": loss.hex()}
+            )
 
     def evaluation(self, step: int, part: str, result: dict[str, Any]) -> None:
         if not self.writes:
             return
         _append(self.files["eval.jsonl"], {"step": step, "split": part, **result})
-        self.board.add_scalar(f"{part}/exact", result["exact"], step)  # type: ignore[no-untyped-call]
+        self.board.add_scalar(f"{part}/exact", result["exact"], step)
         self.console.print(
             f"step {step}: {part} exact {100 * result['exact']:.1f} % of {result['n']} "
             f"(prior {100 * result['prior']:.1f} %)",
@@ -542,7 +574,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad recipe or data, 5 gradients not finite."""
-    parser = argparse.ArgumentParser("surgvqa.train", description="Train a recipe; resumes a run that was stopped.")
+    parser = argparse.ArgumentParser(
+        "surgvqa.train", description="Train a recipe; resumes a run that was stopped."
+    )
     arguments(parser)
     given = parser.parse_intermixed_args(argv)
     try:

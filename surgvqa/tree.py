@@ -14,18 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from surgvqa.datasets import Example
+from surgvqa.datasets import Example, ImageRef
 from surgvqa.letterbox import Canvas, draw, open_rgb
 from surgvqa.recipe import BadInput
 from surgvqa.tokens import Branch, ChatTokens, Root
+
+KEPT_BYTES = 512 * 2**20
+"""Memory that each process may use to keep drawn canvases."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,8 @@ class Questions:
         self.chat = chat
         self.canvases = canvases
         self.fill = fill
+        self._kept: dict[str, Image.Image] = {}
+        self._room = KEPT_BYTES
         self.branches = chat.branches(examples)
         answer_tokens = np.array([branch.answer for branch in self.branches], np.float64)
         question_weights = np.ones(len(examples)) if weights is None else weights
@@ -209,13 +215,7 @@ class Questions:
         Raises BadInput naming an image that can no longer be read.
         """
         example = self.examples[questions[0]]
-        patches = []
-        for image in example.images:
-            try:
-                canvas = draw(open_rgb(image.read()), self.canvases[image.key], self.fill)
-            except (OSError, ValueError) as error:
-                raise BadInput(f"image {image.key}: {error}") from error
-            patches.append(self.chat.patches(canvas))
+        patches = [self.chat.patches(self._drawn(image)) for image in example.images]
         branches = [self.branches[question] for question in questions]
         return Tree(
             root=self._root(example),
@@ -228,6 +228,21 @@ class Questions:
     def pack(self, trees: Sequence[Sequence[int]], *, asked: bool = False) -> Pack:
         """Trees of question numbers as one pack."""
         return pack([self.tree(tree, asked=asked) for tree in trees])
+
+    def _drawn(self, image: ImageRef) -> Image.Image:
+        """An image on its canvas; kept while there is room, since its questions come back every epoch."""
+        if image.key in self._kept:
+            return self._kept[image.key]
+        canvas = self.canvases[image.key]
+        try:
+            drawn = draw(open_rgb(image.read()), canvas, self.fill)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"image {image.key}: {error}") from error
+        size = 3 * canvas.width * canvas.height
+        if self._room >= size:
+            self._room -= size
+            self._kept[image.key] = drawn
+        return drawn
 
     def _root(self, example: Example) -> Root:
         merge = self.chat.folder.merge
@@ -268,5 +283,5 @@ class _Packing(Dataset[tuple[Label, Pack]], Generic[Label]):
         return label, self.questions.pack(trees, asked=self.asked)
 
 
-def _unchanged(item: tuple[Label, Pack]) -> tuple[Label, Pack]:
+def _unchanged(item: Any) -> Any:
     return item

@@ -35,7 +35,9 @@ def chat(request: pytest.FixtureRequest) -> Any:
     from surgvqa import hub
     from surgvqa.tokens import ChatTokens
 
-    return ChatTokens(hub.find(request.param), system="Answer in a few words.", instructions={"count": "A number."})
+    return ChatTokens(
+        hub.find(request.param), system="Answer in a few words.", instructions={"count": "A number."}
+    )
 
 
 def noise_image(width: int, height: int, seed: int) -> Image.Image:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from surgvqa import checkpoint
 
 
@@ -32,7 +33,14 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     for name in ("step-999999", "best", "step-1", "notes"):
         (tmp_path / name).mkdir()
-    assert saved(tmp_path, 1, 2, 3) == ["best", "notes", "step-000002", "step-000003", "step-1", "step-999999"]
+    assert saved(tmp_path, 1, 2, 3) == [
+        "best",
+        "notes",
+        "step-000002",
+        "step-000003",
+        "step-1",
+        "step-999999",
+    ]
     assert checkpoint.newest(tmp_path) == (tmp_path / "step-000003", [])
 
 

@@ -51,16 +51,30 @@ def test_seed_and_index_make_the_picture(demo: Path) -> None:
     assert one.tobytes() != other.tobytes()
 
 
-def test_half_a_folder_is_replaced_and_a_finished_one_kept(demo: Path, tmp_path: Path) -> None:
+def test_half_a_folder_is_completed_and_a_finished_one_kept(demo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     (folder / "images").mkdir(parents=True)
-    (folder / "images" / "99999.jpg").write_text("half written")
+    (folder / "images" / "00001.jpg").write_text("half written")
+    (folder / "notes.txt").write_text("not ours")
     listing = scenes.write_demo(folder, images=2)
-    assert sorted(path.name for path in (folder / "images").iterdir()) == ["00000.jpg", "00001.jpg"]
-    before = listing.stat().st_mtime_ns
+    assert _hashes(folder / "images") == {
+        name: value for name, value in _hashes(demo / "images").items() if name in ("00000.jpg", "00001.jpg")
+    }
+    assert (folder / "notes.txt").read_text() == "not ours"
+    before = listing.read_bytes()
     assert scenes.write_demo(folder, images=3) == listing
-    assert listing.stat().st_mtime_ns == before
+    assert listing.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_nothing_is_left_behind_by_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(scene: scenes.Scene) -> Image.Image:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(scenes, "render", fail)
+    with pytest.raises(OSError, match="disk full"):
+        scenes.write_demo(tmp_path / "demo", images=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_listing_points_at_pictures(demo: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from surgvqa import metrics
 from surgvqa.datasets import Example
 from surgvqa.metrics import Prediction, Prior

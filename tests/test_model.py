@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
 from surgvqa import hub, model
 from surgvqa.recipe import BadInput, Lora
-from transformers import AutoConfig
 
 TOTALS = {
     "Qwen2-VL-7B-Instruct": {
@@ -38,7 +39,9 @@ def test_parameters_of_the_real_models_by_part(shared: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "layers"), [("Qwen2-VL-7B-Instruct", 28), ("Qwen3-VL-8B-Instruct", 36)])
-def test_lora_on_the_real_models_adapts_the_language_model_alone(shared: Path, name: str, layers: int) -> None:
+def test_lora_on_the_real_models_adapts_the_language_model_alone(
+    shared: Path, name: str, layers: int
+) -> None:
     targets = model.lora_targets(on_meta(shared / "qwen" / name), Lora().modules)
     assert len(targets) == 7 * layers
     assert all(target.startswith("model.language_model.layers.") for target in targets)
@@ -48,7 +51,9 @@ def test_lora_on_the_real_models_adapts_the_language_model_alone(shared: Path, n
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize("train_vision", [False, True])
 @pytest.mark.parametrize("train_merger", [False, True])
-def test_what_trains_is_what_was_asked_for(name: str, tune: str, train_vision: bool, train_merger: bool) -> None:
+def test_what_trains_is_what_was_asked_for(
+    name: str, tune: str, train_vision: bool, train_merger: bool
+) -> None:
     network = model.adapt(
         model.build(hub.find(name), dtype=torch.bfloat16),
         tune=tune,
@@ -56,7 +61,12 @@ def test_what_trains_is_what_was_asked_for(name: str, tune: str, train_vision: b
         train_merger=train_merger,
         modules=["q_proj", "down_proj"],
     )
-    expected = {"vision": train_vision, "merger": train_merger, "deepstack": train_merger, "language": tune == "full"}
+    expected = {
+        "vision": train_vision,
+        "merger": train_merger,
+        "deepstack": train_merger,
+        "language": tune == "full",
+    }
     counts = model.count(network)
     for part, (total, trains) in counts.items():
         assert trains == (total if expected.get(part, True) else 0), part
@@ -74,7 +84,10 @@ def test_patterns_reach_the_vision_tower_only_when_told() -> None:
     with pytest.raises(BadInput) as caught:
         model.lora_targets(network, ["q_prj", "down_proj", "visual.nothing"])
     assert len(caught.value.problems) == 2
-    assert "'q_prj' matches no linear layer; the language model has down_proj, gate_proj" in caught.value.problems[0]
+    assert (
+        "'q_prj' matches no linear layer; the language model has down_proj, gate_proj"
+        in caught.value.problems[0]
+    )
 
 
 @pytest.mark.parametrize("name", hub.TINY_MODELS)
@@ -84,9 +97,15 @@ def test_the_patch_product_is_the_convolution(name: str) -> None:
     vision = network.config.vision_config
     product = network.model.visual.patch_embed
     patches = torch.randn(10, 3 * 2 * vision.patch_size**2)
-    conv = torch.nn.Conv3d(3, product.proj.weight.shape[0], product.proj.weight.shape[2:], product.proj.weight.shape[2:])
+    conv = torch.nn.Conv3d(
+        3, product.proj.weight.shape[0], product.proj.weight.shape[2:], product.proj.weight.shape[2:]
+    )
     conv.weight = product.proj.weight
-    conv.bias = product.proj.bias if product.proj.bias is not None else torch.nn.Parameter(torch.zeros(len(conv.weight)))
+    conv.bias = (
+        product.proj.bias
+        if product.proj.bias is not None
+        else torch.nn.Parameter(torch.zeros(len(conv.weight)))
+    )
     shaped = patches.view(-1, 3, 2, vision.patch_size, vision.patch_size)
     torch.testing.assert_close(product(patches), conv(shaped).flatten(1), rtol=1e-4, atol=1e-5)
 
@@ -160,9 +179,13 @@ def test_a_real_layout_in_shards_loads_whole(real_layout: tuple[Path, Any]) -> N
         assert torch.equal(state[name], value), name
 
 
-def test_what_is_saved_after_full_training_has_the_hubs_names(real_layout: tuple[Path, Any], tmp_path: Path) -> None:
+def test_what_is_saved_after_full_training_has_the_hubs_names(
+    real_layout: tuple[Path, Any], tmp_path: Path
+) -> None:
     folder, _ = real_layout
-    network = model.adapt(model.build(hub.find(str(folder))), tune="full", train_vision=True, train_merger=True)
+    network = model.adapt(
+        model.build(hub.find(str(folder))), tune="full", train_vision=True, train_merger=True
+    )
     network.save_pretrained(tmp_path / "saved")
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert load_file(tmp_path / "saved/model.safetensors").keys() == index["weight_map"].keys()
@@ -171,7 +194,7 @@ def test_what_is_saved_after_full_training_has_the_hubs_names(real_layout: tuple
 def test_a_missing_shard_is_named(real_layout: tuple[Path, Any]) -> None:
     folder, _ = real_layout
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(BadInput, match="weights missing: model-00002-of-00003.safetensors not in"):
+    with pytest.raises(BadInput, match=r"weights missing: model-00002-of-00003.safetensors not in"):
         model.build(hub.find(str(folder)))
 
 
@@ -185,7 +208,7 @@ def test_missing_weights_are_named(real_layout: tuple[Path, Any]) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     index["weight_map"]["something.else"] = index["weight_map"].pop(gone)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(BadInput, match="1 weights missing, e.g. .*layers.0") as caught:
+    with pytest.raises(BadInput, match=r"1 weights missing, e.g. .*layers.0") as caught:
         model.build(hub.find(str(folder)))
     assert "1 weights not of this model, e.g. something.else" in caught.value.problems[1]
 
@@ -203,5 +226,5 @@ def test_a_weight_of_another_shape_is_named(real_layout: tuple[Path, Any]) -> No
 
 def test_a_folder_with_no_weights_at_all_is_refused(tmp_path: Path) -> None:
     folder = shutil.copytree(hub.find("tiny-qwen3-vl").path, tmp_path / "model")
-    with pytest.raises(BadInput, match="weights missing: model.safetensors not in"):
+    with pytest.raises(BadInput, match=r"weights missing: model.safetensors not in"):
         model.build(hub.find(str(folder)))

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from surgvqa.plan import Plan, epoch_order, trees_of
 
 
@@ -16,7 +17,11 @@ def some_plan(seed: int = 0, **changes: object) -> Plan:
     branch = rng.integers(5, 60, len(image)).astype(np.int64)
     root = rng.integers(20, 300, 40).astype(np.int64)
     settings: dict[str, object] = {
-        "questions": 16, "questions_per_image": 4, "tokens_per_micro_batch": 700, "seed": seed, **changes,
+        "questions": 16,
+        "questions_per_image": 4,
+        "tokens_per_micro_batch": 700,
+        "seed": seed,
+        **changes,
     }
     return Plan(image, branch, root, **settings)  # type: ignore[arg-type]
 
@@ -33,7 +38,9 @@ def test_every_question_once_per_epoch_and_exactly_as_many_per_step(epoch: int, 
     sizes = [sum(map(len, step)) for step in steps]
     assert sizes[:-1] == [16] * (len(steps) - 1)
     assert 0 < sizes[-1] <= 16
-    assert sorted(question for step in steps for tree in step for question in tree) == list(range(len(plan.image)))
+    assert sorted(question for step in steps for tree in step for question in tree) == list(
+        range(len(plan.image))
+    )
 
 
 def test_a_tree_is_one_image_with_at_most_so_many_questions() -> None:
@@ -102,7 +109,9 @@ def test_ranks_share_every_question_of_a_step_once(world: int, limit: int) -> No
 
 def test_work_is_balanced() -> None:
     plan = some_plan(questions=128, tokens_per_micro_batch=100_000)
-    loads = [sum(plan.tokens(tree) for micro in rank for tree in micro) for rank in plan.share(plan.step(0), 4)]
+    loads = [
+        sum(plan.tokens(tree) for micro in rank for tree in micro) for rank in plan.share(plan.step(0), 4)
+    ]
     assert max(loads) <= 1.05 * sum(loads) / 4
 
 

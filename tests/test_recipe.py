@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from surgvqa import recipe
 from surgvqa.recipe import BadInput
 
@@ -67,7 +68,10 @@ train: {lr: fast, epochs: 1.5, precision: fp16}
         ("image: {}", "image.size: missing"),
         ("image: {size: 768, max_tokens: 10}", "image.max_tokens: is for mode native"),
         ("data: {format: csv}", "data.path: missing"),
-        ("data: {format: demo, split: {by: image, val: 0.5, test: 0.5}}", "data.split: val and test together"),
+        (
+            "data: {format: demo, split: {by: image, val: 0.5, test: 0.5}}",
+            "data.split: val and test together",
+        ),
         ("data: {format: demo, split: {val: 0.3}}", 'data.split: val, test and seed are for by "image"'),
         ("batch: {questions: 4}", "batch.questions_per_image: is larger than batch.questions"),
         ("train: {lr_vision: 0.1}", "train.lr_vision: the vision tower does not train"),
@@ -83,7 +87,9 @@ def test_contradictions(change: str, said: str) -> None:
     assert said in found[0]
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2.0e-4", 2e-4), (".5", 0.5), ("3", 3.0), ("1E+2", 100)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("2.0e-4", 2e-4), (".5", 0.5), ("3", 3.0), ("1E+2", 100)]
+)
 def test_numbers(text: str, value: float) -> None:
     assert recipe.parse(GOOD + f"train: {{lr: {text}}}").train.lr == value
     assert recipe.parse(GOOD, [f"train.lr={text}"]).train.lr == value

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import noise_image
 from PIL import Image
+
 from surgvqa import hub
 from surgvqa.datasets import Example, ImageRef
 from surgvqa.recipe import BadInput
@@ -29,7 +30,9 @@ def golden(shared: Path) -> Any:
     return json.loads((shared / "qwen/golden.json").read_text(encoding="utf-8"))
 
 
-def ask(question: str, answer: str = "none", kind: str = "question", images: int = 1, place: str = "") -> Example:
+def ask(
+    question: str, answer: str = "none", kind: str = "question", images: int = 1, place: str = ""
+) -> Example:
     return Example(question, (ImageRef("image"),) * images, question, (answer,), kind, place=place)
 
 
@@ -44,7 +47,9 @@ def test_root_and_branch_are_the_conversation_of_the_chat_template(chat: ChatTok
         text = chat.render(chat.conversation(example))
         for rows, columns in grids:
             text = text.replace("<|image_pad|>", "<|pad|>" * (rows * columns), 1)
-        whole = chat.tokenizer(text.replace("<|pad|>", "<|image_pad|>"), add_special_tokens=False)["input_ids"]
+        whole = chat.tokenizer(text.replace("<|pad|>", "<|image_pad|>"), add_special_tokens=False)[
+            "input_ids"
+        ]
         assert [*root.ids, *branch.ids] == whole
         supervised = branch.ids[branch.prompt : branch.prompt + branch.answer]
         assert chat.tokenizer.decode(supervised) == example.answers[0] + "<|im_end|>"
@@ -94,7 +99,9 @@ def test_golden_special_ids(real: ChatTokens, golden: Any) -> None:
 
 def test_golden_text_ids(real: ChatTokens, golden: Any) -> None:
     for case in (golden["tokenizer"]["integration"], *golden["tokenizer"]["strings"]["cases"]):
-        assert real.tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids"], case.get("name")
+        assert real.tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids"], case.get(
+            "name"
+        )
 
 
 def test_golden_prompts_of_qwen2(shared: Path, golden: Any) -> None:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -214,29 +215,41 @@ def render(scene: Scene) -> Image.Image:
 def write_demo(folder: Path, *, seed: int = 7, images: int = IMAGES) -> Path:
     """Write `images/*.jpg` and `questions.jsonl` to a folder and return the path of the latter.
 
-    The folder appears all at once, finished; one that is already there is left as it is.
+    The listing appears only when everything else is there; a folder that has one is left as it is.
     """
     folder = Path(folder)
     listing = folder / "questions.jsonl"
     if listing.exists():
         return listing
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with staged(folder, last=listing.name) as staging:
         (staging / "images").mkdir()
-        _render_all(seed, images, staging)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # numpy and Pillow release the lock
+            list(pool.map(partial(_save, seed, staging), range(images)))
         lines = [json.dumps(row) + "\n" for index in range(images) for row in rows(seed, index)]
-        (staging / "questions.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
-        if folder.exists() and not listing.exists():
-            shutil.rmtree(folder)  # what an interrupted copy left behind
+        (staging / listing.name).write_text("".join(lines), encoding="utf-8", newline="\n")
+    return listing
+
+
+@contextmanager
+def staged(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` in one rename once the block ends without an error.
+
+    Where `folder` already holds something, the files are moved into it one by one instead, `last` at the end.
+    Nothing is ever deleted, and processes that write the same bytes at once do not disturb each other.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        staging = Path(scratch) / folder.name
+        staging.mkdir()
+        yield staging
         try:
             staging.replace(folder)
         except OSError:
-            if not listing.exists():  # otherwise another process finished first, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return listing
+            files = [path for path in staging.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name == last):
+                target = folder / path.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
 
 
 def rows(seed: int, index: int) -> list[dict[str, str]]:
@@ -255,13 +268,7 @@ def rows(seed: int, index: int) -> list[dict[str, str]]:
     ]
 
 
-def _render_all(seed: int, images: int, folder: Path) -> None:
-    """In threads: numpy and Pillow release the interpreter's lock, and no picture depends on another."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        list(pool.map(partial(_render_one, seed, folder), range(images)))
-
-
-def _render_one(seed: int, folder: Path, index: int) -> None:
+def _save(seed: int, folder: Path, index: int) -> None:
     render(sample_scene(seed, index)).save(folder / "images" / f"{index:05d}.jpg", quality=90)
 
 

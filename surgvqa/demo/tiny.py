@@ -8,8 +8,6 @@ reader makes random ones from `config.json` under a seed of its own.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -105,21 +103,10 @@ def write_tiny_model(name: str, folder: Path) -> Path:
         "tokenizer_config.json": _tokenizer_config(family, ids, template),
         "chat_template.json": {"chat_template": template},
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with scenes.staged(folder, last="config.json") as staging:
         (staging / "tokenizer.json").write_text(tokenizer, encoding="utf-8", newline="\n")
         for file, content in files.items():
             (staging / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
-        if folder.exists() and not (folder / "config.json").exists():
-            shutil.rmtree(folder)  # what an interrupted copy left behind
-        try:
-            staging.replace(folder)
-        except OSError:
-            if not (folder / "config.json").exists():  # otherwise another process finished first
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 

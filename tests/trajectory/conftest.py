@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import write_jsonl
+
 from surgvqa import recipe, train
 
 ROOT = Path(__file__).parents[2]
@@ -41,11 +42,14 @@ class Runs:
 
     def launched(self, name: str, launcher: list[str], *overrides: str) -> subprocess.CompletedProcess[str]:
         """Run through a launcher, e.g. `["torchrun", "--nproc-per-node", "2"]`."""
-        command = [
-            sys.executable, "-m", *launcher, "-m", "surgvqa.train", str(self.recipe), *self._words(name, *overrides),
-        ]  # fmt: skip
+        module = [sys.executable, "-m", *launcher, "-m", "surgvqa.train", str(self.recipe)]
         return subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+            [*module, *self._words(name, *overrides)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
 
     def _words(self, name: str, *overrides: str) -> list[str]:

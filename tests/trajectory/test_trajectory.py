@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from surgvqa import train
 
 from .conftest import ROOT, Runs, trace
@@ -80,7 +81,9 @@ def test_the_answers_do_not_depend_on_processes(runs: Runs) -> None:
     assert done.returncode == 0, done.stderr
     together = runs.folder / "together"
     assert (together / "predictions.jsonl").read_text() == (alone / "predictions.jsonl").read_text()
-    assert json.loads((together / "scores.json").read_text()) == json.loads((alone / "scores.json").read_text())
+    assert json.loads((together / "scores.json").read_text()) == json.loads(
+        (alone / "scores.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
@@ -116,7 +119,10 @@ def test_a_changed_recipe_or_changed_data_is_refused(runs: Runs) -> None:
     run = runs.here("changed", "train.max_steps=2")
     with pytest.raises(train.BadInput) as caught:
         runs.here("changed", "train.max_steps=2", "train.lr=2e-3", "batch.questions=6")
-    assert [line.strip() for line in caught.value.problems[1:]] == ["batch.questions: 12 → 6", "train.lr: 0.001 → 0.002"]
+    assert [line.strip() for line in caught.value.problems[1:]] == [
+        "batch.questions: 12 → 6",
+        "train.lr: 0.001 → 0.002",
+    ]
     original = runs.data.read_text(encoding="utf-8")
     try:
         runs.data.write_text(original.replace('"grasper"', '"hook"'), encoding="utf-8")
@@ -130,6 +136,7 @@ def test_a_changed_recipe_or_changed_data_is_refused(runs: Runs) -> None:
 def test_class_weights_and_question_loss_are_what_they_say(runs: Runs) -> None:
     """The first loss, worked out from the untrained model's own nats."""
     import torch
+
     from surgvqa import model, prepare
     from surgvqa import recipe as recipes
     from surgvqa.loss import TreeLoss
@@ -140,9 +147,7 @@ def test_class_weights_and_question_loss_are_what_they_say(runs: Runs) -> None:
     prepared = prepare.prepare(settings)
     questions = prepared.questions("train")
     number = {example.id: index for index, example in enumerate(questions.examples)}
-    network = TreeLoss(
-        model.build(prepared.folder, seed=settings.train.seed), attn="sdpa", autocast=None
-    )
+    network = TreeLoss(model.build(prepared.folder, seed=settings.train.seed), attn="sdpa", autocast=None)
     weights = prepared.answer_weights()
     assert len({round(weight, 6) for weight in weights.values()}) > 2
     total = mean = 0.0

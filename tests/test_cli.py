@@ -94,11 +94,17 @@ def test_show_writes_the_canvas_and_every_token(recipe: Path, capsys: pytest.Cap
 
 def test_hostile_text_stays_text_in_the_page(recipe: Path) -> None:
     data = recipe.parent / "data" / "questions.jsonl"
-    data.write_text(data.read_text().replace("Is text visible?", "Is <script>alert(1)</script> there?"))
+    hostile = "<script>alert(1)</script>"
+    text = (
+        data.read_text()
+        .replace("Is text visible?", f"Is {hostile} there?")
+        .replace('"id": "', f'"id": "{hostile}')
+    )
+    data.write_text(text)
     out = recipe.parent / "shown"
     assert cli.main(["show", str(recipe), "--index", "8", "--out", str(out)]) == 0
     page = (out / "tree.html").read_text(encoding="utf-8")
-    assert "script" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script" not in page
 
 

@@ -247,8 +247,8 @@ def test_weights_scale_each_answer_and_zero_adds_nothing(chat: ChatTokens) -> No
     loss = TreeLoss(tiny(chat), attn="sdpa", autocast=None)
 
     def nats(*weights: float) -> float:
-        return float(loss(pack([replace(trees[0], weights=list(weights))])))
+        return loss(pack([replace(trees[0], weights=list(weights))])).item()
 
     assert nats(2.0, 3.0) == pytest.approx(2 * nats(1.0, 0.0) + 3 * nats(0.0, 1.0), rel=1e-5)
-    assert float(loss(pack(trees).without_weight())) == 0.0
+    assert loss(pack(trees).without_weight()).item() == 0.0
     assert isinstance(pack(trees), Pack)

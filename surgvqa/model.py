@@ -68,6 +68,14 @@ def build(
     return model.eval()
 
 
+def skeleton(folder: Folder) -> Any:
+    """The model's structure without any weights, for looking at names and shapes."""
+    from transformers import AutoConfig
+
+    with torch.device("meta"):
+        return model_class(folder.family)(AutoConfig.from_pretrained(folder.path))
+
+
 def _load_whole(cls: Any, path: Path, name: str, dtype: torch.dtype) -> Any:
     try:
         model, info = cls.from_pretrained(

@@ -43,6 +43,9 @@ log = logging.getLogger("surgvqa")
 MOST_SKIPPED = 10
 """So many steps in a row without finite gradients end the run."""
 
+RECORDS = ("metrics.jsonl", "eval.jsonl", "trace.jsonl")
+"""Files of a run with a line per step or evaluation."""
+
 HARMLESS = (
     "output",
     "log.",
@@ -83,12 +86,18 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
     _log_as(rank)
     console = Console(quiet=not main)
     run = Path(settings.output)
-    main_first(accelerator, lambda: _claim(run, fresh))
+    main_first(accelerator, lambda: _claim(run))
 
     # The data, and everything that can be wrong with it.
     prepared = prepare(settings, accelerator, progress=main)
-    for warning in prepared.warnings:
-        log.warning("warning: %s", warning)
+    if main:
+        for warning in prepared.warnings:
+            log.warning("warning: %s", warning)
+    if settings.eval.every and not prepared.dataset.part(settings.eval.split):
+        raise BadInput(
+            f"eval.every: the {settings.eval.split} part holds no questions to evaluate on; "
+            "set eval.every: null, eval.split: test, or data.split"
+        )
     questions = prepared.questions("train")
     plan = prepared.plan(questions)
     sets = {
@@ -105,6 +114,10 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
         torch.set_float32_matmul_precision("high")
     total = settings.total_steps(len(questions))
     checkpoints = run / "checkpoints"
+    if settings.model.tune == "lora":
+        model.lora_targets(model.skeleton(prepared.folder), settings.model.lora.modules)
+    if fresh:
+        main_first(accelerator, lambda: _clear(run))
     last = main_first(accelerator, lambda: _resumable(run, settings, prepared))
     start = last[0] if last else 0
     prior = Prior(prepared.dataset.part("train"))
@@ -245,8 +258,11 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
         folder = checkpoints / f"step-{total:06d}"
         if settings.eval.keep_best and checkpoint.best(checkpoints):
             folder = main_first(accelerator, lambda: evaluate.chosen_checkpoint(checkpoints))
-        if folder.name != f"step-{total:06d}" or start == total:
+        if folder.name != f"step-{total:06d}":
+            # Let go of the trained model first: two may not fit on the device.
             del loss_of, optimizer, parameters, names
+            network = None
+            accelerator.free_memory()
             network = evaluate.restore(prepared, folder).to(accelerator.device)
         with _bar(console, f"evaluating {part}", len(chosen)) as advance:
             predictions = answer("final", lambda asked: advance(asked * world))
@@ -403,8 +419,8 @@ def _optimizer(settings: Recipe, parameters: dict[str, nn.Parameter], fused: boo
     )
 
 
-def _claim(run: Path, fresh: bool) -> None:
-    """Make sure that the run's folder can be written; with `fresh`, empty it of a former run."""
+def _claim(run: Path) -> None:
+    """Make sure that the run's folder can be written."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         probe = run / ".probe"
@@ -413,18 +429,14 @@ def _claim(run: Path, fresh: bool) -> None:
     except OSError as error:
         raise BadInput(f"output: {run} cannot be written: {error.strerror}") from None
     checkpoint.remove_leftovers(run / "checkpoints")
-    if fresh:
-        for name in ("checkpoints", "tensorboard"):
-            shutil.rmtree(run / name, ignore_errors=True)
-        for name in (
-            "recipe.yaml",
-            "metrics.jsonl",
-            "trace.jsonl",
-            "eval.jsonl",
-            "predictions.jsonl",
-            "scores.json",
-        ):
-            (run / name).unlink(missing_ok=True)
+
+
+def _clear(run: Path) -> None:
+    """Remove what a former run left, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("recipe.yaml", *RECORDS, "predictions.jsonl", "scores.json"):
+        (run / name).unlink(missing_ok=True)
 
 
 def _resumable(run: Path, settings: Recipe, prepared: Prepared) -> tuple[int, Path] | None:
@@ -467,7 +479,7 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
 
 def _keep_until(run: Path, step: int) -> None:
     """Drop the records of steps that will be done again."""
-    for name in ("metrics.jsonl", "trace.jsonl", "eval.jsonl"):
+    for name in RECORDS:
         file = run / name
         if file.is_file():
             rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -512,7 +524,8 @@ class _Records:
     def step(self, **row: Any) -> None:
         if not self.writes:
             return
-        _append(self.files["metrics.jsonl"], row)
+        # JSON has no NaN: a step without finite gradients says null.
+        _append(self.files["metrics.jsonl"], {k: v if math.isfinite(v) else None for k, v in row.items()})
         for key in row.keys() - {"step", "epoch"}:
             self.board.add_scalar(f"train/{key}", row[key], row["step"])
         numbers = (
@@ -560,7 +573,7 @@ def _log_as(rank: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     log.handlers = [handler]
-    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    log.setLevel(logging.INFO)
     log.propagate = False
 
 

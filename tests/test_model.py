@@ -26,15 +26,9 @@ TOTALS = {
 }  # fmt: skip
 
 
-def on_meta(folder: Path) -> Any:
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        return model.model_class(config.model_type)(config)
-
-
 @pytest.mark.parametrize("name", TOTALS)
 def test_parameters_of_the_real_models_by_part(shared: Path, name: str) -> None:
-    network = on_meta(shared / "qwen" / name)
+    network = model.skeleton(hub.find(str(shared / "qwen" / name)))
     assert {part: total for part, (total, _) in model.count(network).items()} == TOTALS[name]
 
 
@@ -42,7 +36,7 @@ def test_parameters_of_the_real_models_by_part(shared: Path, name: str) -> None:
 def test_lora_on_the_real_models_adapts_the_language_model_alone(
     shared: Path, name: str, layers: int
 ) -> None:
-    targets = model.lora_targets(on_meta(shared / "qwen" / name), Lora().modules)
+    targets = model.lora_targets(model.skeleton(hub.find(str(shared / "qwen" / name))), Lora().modules)
     assert len(targets) == 7 * layers
     assert all(target.startswith("model.language_model.layers.") for target in targets)
 

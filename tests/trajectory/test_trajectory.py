@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,3 +161,46 @@ def test_class_weights_and_question_loss_are_what_they_say(runs: Runs) -> None:
             total += weight * network(pack).item() / len(pack.targets)
             mean += weight
     assert first["loss"] == pytest.approx(total / mean, rel=1e-5)
+
+
+@pytest.mark.parametrize(("bad", "code"), [({4}, 0), (set(range(3, 40)), 5)], ids=["one step", "for good"])
+def test_gradients_that_are_not_finite_update_nothing(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: set[int], code: int
+) -> None:
+    import logging
+
+    from surgvqa.loss import TreeLoss
+
+    calls = iter(range(1, 1000))
+
+    class Spoiled(TreeLoss):
+        """One micro-batch is one step here: some come out as NaN."""
+
+        def forward(self, pack: Any) -> Any:
+            return super().forward(pack) * (float("nan") if next(calls) in bad else 1.0)
+
+    monkeypatch.setattr(train, "TreeLoss", Spoiled)
+    monkeypatch.setattr(train, "_log_as", lambda rank: None)
+    name = f"spoiled-{code}"
+    run = runs.folder / name
+    words = runs._words(
+        name, "batch.tokens_per_micro_batch=100000", "checkpoint.every=1", "checkpoint.keep=30"
+    )
+    with caplog.at_level(logging.WARNING, "surgvqa"):
+        assert train.main([str(runs.recipe), *words]) == code
+    ids = {row["step"]: row["ids"] for row in map(json.loads, (run / "trace.jsonl").open())}
+    for row in map(json.loads, (run / "metrics.jsonl").open()):
+        step = row["step"]
+        assert (row["loss"] is None) == (step in bad)
+        said = f"step {step}: gradients not finite, no update; questions {', '.join(ids[step])}"
+        assert (said in caplog.text) == (step in bad)
+        if step > 1:
+            before, after = (
+                (run / f"checkpoints/step-{which:06d}/model.safetensors").read_bytes()
+                for which in (step - 1, step)
+            )
+            assert (before == after) == (step in bad)
+    if code:
+        assert max(ids) == 11
+        assert "10 steps in a row without finite gradients, the last at step 12" in caplog.text
+        assert f"The last good checkpoint: {run / 'checkpoints'}" in caplog.text

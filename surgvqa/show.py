@@ -5,6 +5,7 @@ surgvqa show RECIPE --index N ──▶ canvas-0.png …, tree.html, and the sam
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,9 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
     for segment in segments:
         console.print(segment.title, style="bold", markup=False, highlight=False)
         text = Text()
-        for token in _without_repeats(segment.tokens):
-            text.append(token.text.replace("\n", "↵\n"), STYLES[token.role])
+        for shown, run in _runs(segment.tokens):
+            repeats = f"×{len(run)}" if len(run) > 1 else ""
+            text.append(shown.replace("\n", "↵\n") + repeats, STYLES[run[0].role])
         console.print(text, soft_wrap=True)
     legend = Text("roles: ")
     for role, style in STYLES.items():
@@ -126,21 +128,14 @@ def _segments(questions: Questions, chosen: Sequence[int]) -> list[Segment]:
     return segments
 
 
-def _without_repeats(tokens: Sequence[Token]) -> list[Token]:
-    """Runs of image tokens as one, for the terminal."""
-    shown: list[Token] = []
-    run = 0
-    for place, token in enumerate(tokens):
-        run += 1
-        if place + 1 < len(tokens) and tokens[place + 1].id == token.id and token.text.startswith("<|"):
-            continue
-        text = f"{token.text}×{run}" if run > 1 else token.text
-        shown.append(Token(text, token.id, token.positions, token.role))
-        run = 0
-    return shown
+def _runs(tokens: Sequence[Token]) -> list[tuple[str, list[Token]]]:
+    """Runs of the same token, so that an image's many can be told as one."""
+    return [(text, list(run)) for text, run in itertools.groupby(tokens, lambda token: token.text)]
 
 
-_PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+_PAGES = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+_PAGES.filters["groups"] = _runs
+_PAGE = _PAGES.from_string(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>What the model sees</title>
 <style>
@@ -160,10 +155,14 @@ img { max-width: 24rem; border: 1px solid #8888; margin-right: 1rem; }
 <span class="token supervised">supervised</span><span class="token rest">after the answer</span>
 Below each token: its id, its position (temporal, row, column), and → the token it is trained to predict.</p>
 {% for segment in segments %}<h2>{{ segment.title }}</h2><div>
-{%- for token in segment.tokens -%}
+{%- for text, run in segment.tokens | groups -%}
+{%- if run | length > 16 %}<details><summary>{{ run | length }} × {{ text }}</summary>{% endif -%}
+{%- for token in run -%}
 <span class="token {{ token.role }}">{{ token.text.replace("\\n", "↵") -}}
 <small>{{ token.id }} @ {{ token.positions | join(",") }}
 {%- if token.label %} → {{ token.label.replace("\\n", "↵") }}{% endif %}</small></span>
+{%- endfor -%}
+{%- if run | length > 16 %}</details>{% endif -%}
 {%- endfor -%}
 </div>{% endfor %}
 </html>

@@ -1,7 +1,7 @@
 """How a pack attends: the same rule (see tree.py) through three kernels, behind transformers' own switch.
 
     training and prefill, CPU    SDPA tree by tree: the root causally, its branches against root and selves
-    training and prefill, CUDA   FlexAttention with a block mask made from `last`
+    training and prefill, CUDA   FlexAttention with a block mask made from `visible_until`
     decoding                     SDPA with the rows of the mask that belong to the new tokens
 
 The function is registered with transformers' AttentionInterface under NAME and set for the language model
@@ -33,24 +33,24 @@ def layout(pack: Pack) -> Layout:
     """What the SDPA kernel needs to know of a pack, made once for all layers."""
     trees: list[tuple[int, int, int, Tensor | None]] = []
     for start, root_end, end in pack.spans:
-        last = pack.last[start:end]
-        if bool((last == end).all()):
+        until = pack.visible_until[start:end]
+        if bool((until == end).all()):
             trees.append((start, root_end, end, None))
             continue
-        row = torch.arange(root_end, end, device=last.device)[:, None]
-        column = torch.arange(start, end, device=last.device)[None, :]
-        trees.append((start, root_end, end, (column <= row) & (row < last[None, :])))
+        row = torch.arange(root_end, end, device=until.device)[:, None]
+        column = torch.arange(start, end, device=until.device)[None, :]
+        trees.append((start, root_end, end, (column <= row) & (row < until[None, :])))
     return trees
 
 
 def block_mask(pack: Pack) -> BlockMask:
     """What FlexAttention needs to know of a pack; no dense mask is made."""
-    last = pack.last
+    until = pack.visible_until
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return (column <= row) & (row < last[column])
+        return (column <= row) & (row < until[column])
 
-    return create_block_mask(visible, None, None, pack.tokens, pack.tokens, device=last.device)
+    return create_block_mask(visible, None, None, pack.tokens, pack.tokens, device=until.device)
 
 
 def arguments(pack: Pack, attn: str) -> dict[str, Any]:

@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import get_args
 
+from surgvqa import datasets
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem
-from surgvqa.letterbox import Size, open_rgb, plan_canvas
-from surgvqa.recipe import Part
+from surgvqa.letterbox import Size, check_aspect, open_rgb
+from surgvqa.metrics import normalise
+from surgvqa.recipe import Part, Recipe
 
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -34,6 +36,23 @@ class Audit:
     """Image key → width and height in pixels, EXIF orientation applied; only of images that are sound."""
 
 
+def load_and_audit(
+    recipe: Recipe, special_tokens: Collection[str] = (), *, progress: bool = False
+) -> tuple[Dataset, Audit]:
+    """A recipe's data and what is wrong with it. Raises BadInput where it cannot be read at all."""
+    dataset = load(recipe)
+    by, mode = recipe.data.split.by, recipe.image.mode
+    return dataset, audit(dataset, mode=mode, by=by, special_tokens=special_tokens, progress=progress)
+
+
+def load(recipe: Recipe) -> Dataset:
+    """A recipe's data, split as it says."""
+    data, split = recipe.data, recipe.data.split
+    return datasets.load(
+        data.format, data.path, data.revision, by=split.by, val=split.val, test=split.test, seed=split.seed
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Image:
     size: Size
@@ -44,17 +63,16 @@ def audit(
     dataset: Dataset,
     *,
     mode: str,
-    size: int | None,
-    max_tokens: int | None,
-    factor: int,
     by: str = "official",
+    special_tokens: Collection[str] = (),
     progress: bool = False,
 ) -> Audit:
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
-    The image arguments are those of `letterbox.plan_canvas`; `by` is the recipe's data.split.by: a split by
-    image may put a group in two parts, which is a warning then. `progress` shows a bar on stderr. Images are
-    decoded in one thread per core, so as many are in memory at once.
+    `mode` is the recipe's image.mode and `by` its data.split.by: a split by image may put a group in two
+    parts, which is a warning then. Texts that hold one of the model's `special_tokens` are errors.
+    `progress` shows a bar on stderr. Images are decoded in one thread per core, so as many are in memory
+    at once.
     """
     uses: dict[str, list[Example]] = defaultdict(list)
     refs: dict[str, ImageRef] = {}
@@ -67,7 +85,8 @@ def audit(
         try:
             data = ref.read()
             image = open_rgb(data)
-            plan_canvas(image.size, mode=mode, size=size, max_tokens=max_tokens, factor=factor)
+            if mode == "native":
+                check_aspect(image.size)
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
         except ValueError as error:
@@ -83,6 +102,7 @@ def audit(
                 found[key] = result
             else:
                 problems.append(_broken(key, result, uses[key]))
+    problems += _special(dataset, special_tokens)
     problems += _parts(dataset)
     problems += _leaks(uses, by)
     problems += _copies(found, uses)
@@ -109,6 +129,17 @@ def _cores() -> int:
 def _broken(key: str, why: str, examples: Sequence[Example]) -> Problem:
     places = ", ".join(example.place for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
     return Problem(f"image {key}", f"{why} ({_count(len(examples), 'question')}: {places})")
+
+
+def _special(dataset: Dataset, tokens: Collection[str]) -> Iterator[Problem]:
+    for example in dataset.examples:
+        held = sorted(
+            token for token in tokens if any(token in text for text in (example.question, *example.answers))
+        )
+        if held:
+            yield Problem(
+                example.place, f"holds the special token {held[0]}, which would break the conversation"
+            )
 
 
 def _parts(dataset: Dataset) -> Iterator[Problem]:
@@ -160,10 +191,12 @@ def _copies(found: Mapping[str, _Image], uses: Mapping[str, Sequence[Example]]) 
 
 def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
     """Answers of val and test that training cannot teach."""
-    trained = {example.answers[0] for example in dataset.part("train")}
+    trained = {normalise(example.answers[0]) for example in dataset.part("train")}
     for part in PARTS[1:]:
         examples = dataset.part(part)
-        unseen = Counter(example.answers[0] for example in examples if trained.isdisjoint(example.answers))
+        unseen = Counter(
+            example.answers[0] for example in examples if trained.isdisjoint(map(normalise, example.answers))
+        )
         if trained and unseen:
             listed = ", ".join(f"{answer!r} ({count})" for answer, count in unseen.most_common(_SHOWN))
             more = ", ..." if len(unseen) > _SHOWN else ""
@@ -196,7 +229,8 @@ def _shown(results: Iterator[_Image | str], total: int, progress: bool) -> Itera
     from rich.console import Console
     from rich.progress import track
 
-    return track(results, "images", total, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(results, "images", total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _some(names: Sequence[str]) -> str:

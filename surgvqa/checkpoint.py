@@ -4,7 +4,8 @@
         .tmp-step-000200/     being written; what a killed run leaves is removed at the next start
         step-000200/          adapter_model.safetensors or model.safetensors, tokenizer, processor,
                               recipe.yaml, optimizer.safetensors, state.json, manifest.json
-        best.json             which step evaluation liked best
+
+state.json holds the step, a digest of the training data and, where it was evaluated, the score.
 
 The manifest holds size and SHA-256 of every other file. A folder counts only if all of them agree.
 """
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +27,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 _OWN = re.compile(r"step-(\d{6,})\Z")
 
 
-def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Have `write` fill a folder, make it durable, and only then delete old ones beyond `keep`, but the best.
+@contextmanager
+def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
+    """A folder to fill; on leaving it is made durable, and then old ones beyond `keep` are deleted.
 
-    Raises OSError where the disk fails; what was there before is then still there.
+    The best is kept, and folders of later steps go: they belong to a future that was given up. Raises
+    OSError where the disk fails; what was there before is then still there.
     """
     root.mkdir(parents=True, exist_ok=True)
-    final, aside = root / f"step-{step:06d}", root / f".tmp-step-{step:06d}"
+    final, aside = root / folder_name(step), root / f".tmp-{folder_name(step)}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    write(aside)
+    yield aside
     write_json(aside / MANIFEST, _manifest(aside))
     for file in _files(aside):
         _sync(file)
@@ -48,11 +53,15 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int) -> 
     _sync(root)
     if problems := verify(final):
         raise OSError(f"checkpoint {final} does not hold what was written: {'; '.join(problems)}")
-    kept = {step for step, _ in steps(root)[-keep:]} | {(best(root) or {}).get("step")}
-    for old, folder in steps(root):
-        if old not in kept:
+    ours = steps(root)
+    kept = {best(root, up_to=step), *[folder for old, folder in ours if old <= step][-keep:]}
+    for _, folder in ours:
+        if folder not in kept:
             shutil.rmtree(folder)
-    return final
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def steps(root: Path) -> list[tuple[int, Path]]:
@@ -99,45 +108,56 @@ def remove_leftovers(root: Path) -> None:
         shutil.rmtree(folder)
 
 
-def best(root: Path) -> dict[str, Any] | None:
-    """`{"step", "metric", "value"}` of the best checkpoint, if one was marked and is there."""
-    file = root / "best.json"
-    if not file.is_file():
-        return None
-    marked = json.loads(file.read_text(encoding="utf-8"))
-    return dict(marked) if (root / f"step-{marked['step']:06d}" / MANIFEST).is_file() else None
+def score(folder: Path) -> float:
+    """What evaluation gave a checkpoint, from its state.json; minus infinity where it was not evaluated."""
+    try:
+        value = json.loads((folder / STATE).read_text(encoding="utf-8")).get("score")
+    except (OSError, ValueError, AttributeError):
+        return -math.inf
+    return float(value) if isinstance(value, (int, float)) else -math.inf
 
 
-def mark_best(root: Path, step: int, metric: str, value: float) -> None:
-    write_json(root / "best.json", {"step": step, "metric": metric, "value": value})
+def best(root: Path, up_to: int | None = None) -> Path | None:
+    """The checkpoint with the highest score, the earliest of several; None where none was evaluated."""
+    folders = [folder for step, folder in steps(root) if up_to is None or step <= up_to]
+    top = max(folders, key=score, default=None)
+    return top if top is not None and score(top) > -math.inf else None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader finds the old file or the new one, whole."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old one or the new one, whole."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     _sync(aside)
     aside.replace(path)
 
 
-def save_optimizer(file: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+def save_optimizer(
+    file: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> None:
     """AdamW's moments as `parameter name|moment` → tensor."""
     tensors = {
         f"{name}|{key}": value.detach().cpu().contiguous()
-        for parameter, name in names.items()
+        for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     save_file(tensors, file)
 
 
-def load_optimizer(file: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+def load_optimizer(
+    file: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> None:
     """The inverse of `save_optimizer`. Raises KeyError where a parameter has no moments in the file."""
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(file).items():
         name, _, moment = key.rpartition("|")
         states.setdefault(name, {})[moment] = value
     if states:
-        for parameter, name in names.items():
+        for name, parameter in parameters.items():
             # AdamW keeps its step count on the CPU, unless it is fused.
             fused = any(group.get("fused") for group in optimizer.param_groups)
             optimizer.state[parameter] = {

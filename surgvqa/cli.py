@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import surgvqa
 from surgvqa import recipe
-from surgvqa.datasets import Problem
 from surgvqa.recipe import BadInput
 
 
@@ -22,48 +22,39 @@ def check(argv: Sequence[str]) -> int:
     files = [word for word in given.recipes if word not in overrides]
     if not files:
         parser.error("give at least one recipe")
-    failed = 0
-    for file in files:
-        try:
-            problems = _problems(recipe.load(file, overrides))
-        except BadInput as error:
-            recipe.explain(error)
-            failed = error.exit_code
-            continue
-        if any(not problem.warning for problem in problems):
-            failed = BadInput.exit_code
-        from surgvqa.audit import report
-
-        print(f"{file}: {report(problems)}")
-    return failed
+    return max(_check(file, overrides) for file in files)
 
 
-def _problems(settings: recipe.Recipe) -> Sequence[Problem]:
-    from surgvqa import audit, datasets, hub
+def _check(file: str, overrides: Sequence[str]) -> int:
+    """Print what is wrong with one recipe, its data and its model's folder; returns the exit code."""
+    from surgvqa import audit, hub
 
-    data, image = settings.data, settings.image
-    split = data.split
-    dataset = datasets.load(
-        data.format, data.path, data.revision, by=split.by, val=split.val, test=split.test, seed=split.seed
-    )
-    factor = hub.guess_factor(settings.model.name)
-    return audit.audit(
-        dataset,
-        mode=image.mode,
-        size=image.size,
-        max_tokens=image.max_tokens,
-        factor=factor,
-        by=split.by,
-        progress=True,
-    ).problems
+    try:
+        settings = recipe.load(file, overrides)
+    except BadInput as error:
+        return recipe.explain(error)
+    code, special_tokens = 0, frozenset[str]()
+    try:
+        special_tokens = hub.find(settings.model.name, settings.model.revision).special_tokens
+    except BadInput as error:
+        if hub.is_remote(settings.model.name):
+            print(f"{file}: the model was not looked at: {error}")
+        else:
+            code = recipe.explain(error)
+    try:
+        _, found = audit.load_and_audit(settings, special_tokens, progress=True)
+    except BadInput as error:
+        return recipe.explain(error)
+    print(f"{file}: {audit.report(found.problems)}")
+    return BadInput.exit_code if any(not problem.warning for problem in found.problems) else code
 
 
 def train(argv: Sequence[str]) -> int:
     """Train a recipe in this process, or with --gpus on the GPUs of this machine."""
-    if any(word == "--gpus" or word.startswith("--gpus=") for word in argv):
-        parser = argparse.ArgumentParser("surgvqa train")
-        parser.add_argument("--gpus", metavar="N|all", help="start accelerate launch on so many GPUs")
-        given, rest = parser.parse_known_args(argv)
+    parser = argparse.ArgumentParser("surgvqa train", add_help=False)
+    parser.add_argument("--gpus")
+    given, rest = parser.parse_known_args(argv)
+    if given.gpus:
         from surgvqa.launch import launch
 
         try:
@@ -112,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Fine-tune Qwen2-VL and Qwen3-VL on surgical visual question answering.",
         epilog="`surgvqa COMMAND --help` tells what each takes.",
     )
+    parser.add_argument("--version", action="version", version=f"surgvqa {surgvqa.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0], add_help=False)

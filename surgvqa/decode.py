@@ -77,4 +77,4 @@ def greedy(
 def _visible_from(pack: Pack) -> Tensor:
     """(branches, tokens) true where the last token of a branch sees a token of the pack."""
     index = torch.arange(pack.tokens, device=pack.ids.device)
-    return (index[None, :] <= pack.ends[:, None]) & (pack.ends[:, None] < pack.last[None, :])
+    return (index[None, :] <= pack.ends[:, None]) & (pack.ends[:, None] < pack.visible_until[None, :])

@@ -9,18 +9,33 @@ Only safetensors and JSON are ever read; code in a model folder is never run.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgvqa.datasets.demo import cache_folder
+from surgvqa.demo import cached
 from surgvqa.demo.tiny import TINY_MODELS, write_tiny_model
 from surgvqa.recipe import BadInput
 
 FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen3_vl": "Qwen3-VL"}
 
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja"]
+_PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Folder:
     """Patches per side that become one token."""
     special: Mapping[str, int]
     """The ids that the configuration gives image and vision tokens."""
+    special_tokens: frozenset[str]
+    """Every text that the tokenizer takes as one token whatever stands around it."""
 
     @property
     def factor(self) -> int:
@@ -52,7 +69,7 @@ class Folder:
 def find(name: str, revision: str | None = None) -> Folder:
     """Locate a model and check everything but its weights. Raises BadInput saying what is wrong with it."""
     if name in TINY_MODELS:
-        path = write_tiny_model(name, cache_folder() / f"{name}-v1")
+        path = write_tiny_model(name, cached(name))
     elif Path(name).is_dir():
         path = Path(name)
     else:
@@ -84,6 +101,7 @@ def find(name: str, revision: str | None = None) -> Folder:
             "<|vision_start|>": int(config.get("vision_start_token_id", 151652)),
             "<|vision_end|>": int(config.get("vision_end_token_id", 151653)),
         },
+        special_tokens=_special_tokens(path),
     )
 
 
@@ -109,11 +127,34 @@ def with_weights(folder: Folder) -> Path:
     return path
 
 
-def guess_factor(name: str) -> int:
-    """`Folder.factor` from a model's name or local configuration, without fetching anything."""
-    if (Path(name) / "config.json").is_file():
-        return find(name).factor
-    return 32 if "qwen3" in name.lower() else 28
+def is_remote(name: str) -> bool:
+    """Whether a name can only be a hub id, which may have to be fetched."""
+    return (
+        name not in TINY_MODELS
+        and not Path(name).is_dir()
+        and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    )
+
+
+def copy_processor(folder: Folder, target: Path) -> None:
+    """Copy tokenizer, chat template and image processor, byte for byte, beside trained weights."""
+    for name in _PROCESSOR_FILES:
+        if (folder.path / name).is_file():
+            shutil.copyfile(folder.path / name, target / name)
+
+
+def _special_tokens(path: Path) -> frozenset[str]:
+    """From tokenizer.json and tokenizer_config.json, in which either form of folder names them."""
+    found: set[str] = set()
+    if (path / "tokenizer.json").is_file():
+        added = _json(path / "tokenizer.json", "unreadable tokenizer").get("added_tokens", [])
+        found |= {token["content"] for token in added}
+    if (path / "tokenizer_config.json").is_file():
+        decoder = _json(path / "tokenizer_config.json", "unreadable tokenizer").get(
+            "added_tokens_decoder", {}
+        )
+        found |= {token["content"] for token in decoder.values()}
+    return frozenset(found)
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:

@@ -122,6 +122,7 @@ def plan_canvas(
         canvas = side, side
     else:
         assert max_tokens is not None
+        check_aspect(source_size)
         canvas = drawn = _native_size(width, height, max_tokens, factor)
     return Canvas(
         width=canvas[0],
@@ -135,16 +136,21 @@ def plan_canvas(
     )
 
 
-def _native_size(width: int, height: int, max_tokens: int, factor: int) -> Size:
-    """transformers' `smart_resize` without its lower bound, and with two promises kept for thin images.
-
-    There a side held at one token can leave more than `max_tokens`, and room can make the other side grow.
-    """
+def check_aspect(source_size: Size) -> None:
+    """Raises ValueError for an image that is too long for mode `native`."""
+    width, height = source_size
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(
             f"{width}×{height} is too long: Qwen refuses a side of over {MAX_ASPECT} times the other; "
             "crop it, or use image.mode: letterbox"
         )
+
+
+def _native_size(width: int, height: int, max_tokens: int, factor: int) -> Size:
+    """transformers' `smart_resize` without its lower bound, and with two promises kept for thin images.
+
+    There a side held at one token can leave more than `max_tokens`, and room can make the other side grow.
+    """
     columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
     if columns * rows > max_tokens:
         shrink = math.sqrt(width * height / (max_tokens * factor**2))

@@ -28,7 +28,7 @@ class Prediction:
 
 
 def normalise(answer: str) -> str:
-    """What `exact` compares: NFKC, single blanks, no final full stop, `;`-parts in alphabetical order.
+    """What `exact` compares: NFKC, single blanks, and the set of `;`-parts, each without final full stops.
 
     Case is kept: some data sets have labels that differ in nothing else.
     """

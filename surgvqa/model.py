@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,8 @@ from surgvqa.recipe import BadInput
 
 transformers_logging.disable_progress_bar()  # ours is the only one
 
-Part = Literal["vision", "merger", "deepstack", "language", "lm_head", "adapters"]
-PARTS: tuple[Part, ...] = ("vision", "merger", "deepstack", "language", "lm_head", "adapters")
+Component = Literal["vision", "merger", "deepstack", "language", "lm_head", "adapters"]
+COMPONENTS: tuple[Component, ...] = ("vision", "merger", "deepstack", "language", "lm_head", "adapters")
 
 
 class _PatchProjection(nn.Module):
@@ -109,13 +110,16 @@ def adapt(
     dropout: float = 0.0,
     modules: Sequence[str] = (),
     seed: int = 0,
+    name: str = "",
+    revision: str | None = None,
     adapter: Path | None = None,
 ) -> Any:
     """Freeze, add adapters, and make fp32 masters of what trains; in place, and wrapped by PEFT for `lora`.
 
-    `adapter` is a folder to read adapters from. Raises BadInput for a pattern that matches nothing.
+    `name` and `revision` are those of the base model, for whoever loads the adapters; `adapter` is a
+    folder to read them from. Raises BadInput for a pattern that matches nothing.
     """
-    trains: dict[Part, bool] = {
+    trains: dict[Component, bool] = {
         "vision": train_vision,
         "merger": train_merger,
         "deepstack": train_merger,
@@ -126,30 +130,42 @@ def adapt(
     if tune == "lora":
         from peft import LoraConfig, PeftModel, get_peft_model
 
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        else:
-            config = LoraConfig(
-                r=rank,
-                lora_alpha=alpha,
-                lora_dropout=dropout,
-                target_modules=lora_targets(model, modules),
-                modules_to_save=_saved_whole(model, train_vision, train_merger) or None,
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT asks by the name that transformers 5.22 gave up.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            torch.manual_seed(seed)
+            if adapter is not None:
+                model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            else:
+                targets = lora_targets(model, modules, train_vision=train_vision, train_merger=train_merger)
+                config = LoraConfig(
+                    r=rank,
+                    lora_alpha=alpha,
+                    lora_dropout=dropout,
+                    target_modules=targets,
+                    modules_to_save=_saved_whole(model, train_vision, train_merger) or None,
+                )
                 model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
+        # Others load the adapter onto this: a hub id, not wherever its files lie on this machine.
+        model.peft_config["default"].base_model_name_or_path = name
+        model.peft_config["default"].revision = revision
+    for path, parameter in model.named_parameters():
         # PEFT keeps the untrained original of a module it saves whole: it takes no part.
-        parameter.requires_grad_(trains[part_of(name)] and ".original_module." not in name)
+        parameter.requires_grad_(trains[component_of(path)] and ".original_module." not in path)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
 
 
-def lora_targets(model: Any, modules: Sequence[str]) -> list[str]:
-    """Full names of the linear layers that the recipe's `model.lora.modules` mean."""
+def lora_targets(
+    model: Any, modules: Sequence[str], *, train_vision: bool = False, train_merger: bool = False
+) -> list[str]:
+    """Full names of the linear layers that the recipe's `model.lora.modules` mean.
+
+    Raises BadInput for a pattern that matches nothing, or a module that trains whole already.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    whole = _saved_whole(model, train_vision, train_merger)
     targets: dict[str, None] = {}
     problems = []
     for pattern in modules:
@@ -158,11 +174,17 @@ def lora_targets(model: Any, modules: Sequence[str]) -> list[str]:
             matched = [name for name in linear if glob.match(name)]
         else:
             matched = [name for name in linear if ".language_model." in name and name.endswith(f".{pattern}")]
+        twice = [name for name in matched if any(f".{part}." in f".{name}." for part in whole)]
         if not matched:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear if ".language_model." in name})
             problems.append(
                 f"model.lora.modules: {pattern!r} matches no linear layer; "
                 f"the language model has {', '.join(known)}"
+            )
+        elif twice:
+            problems.append(
+                f"model.lora.modules: {pattern!r} matches {twice[0]}, which model.train_vision or "
+                "model.train_merger trains whole; leave out the one or the other"
             )
         targets.update(dict.fromkeys(matched))
     if problems:
@@ -180,7 +202,7 @@ def _saved_whole(model: Any, train_vision: bool, train_merger: bool) -> list[str
     return ["visual.merger", *(f"deepstack_merger_list.{index}" for index in range(len(mergers)))]
 
 
-def part_of(name: str) -> Part:
+def component_of(name: str) -> Component:
     """The part of the model that a parameter belongs to, by its name."""
     if "lora_" in name:
         return "adapters"
@@ -193,16 +215,25 @@ def part_of(name: str) -> Part:
     return "lm_head" if "lm_head" in name else "language"
 
 
-def count(model: Any) -> dict[Part, tuple[int, int]]:
+def count(model: Any) -> dict[Component, tuple[int, int]]:
     """(all, trainable) parameters of each part that there is; a tied lm_head counts with the embedding."""
-    counts: dict[Part, tuple[int, int]] = {}
+    counts: dict[Component, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
-        part = part_of(name)
+        part = component_of(name)
         total, trainable = counts.get(part, (0, 0))
         counts[part] = total + parameter.numel(), trainable + parameter.numel() * parameter.requires_grad
-    return {part: counts[part] for part in PARTS if part in counts}
+    return {part: counts[part] for part in COMPONENTS if part in counts}
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write adapters (with what trains beside them) as PEFT does, or the whole model as transformers does."""
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to be filled in
+    else:
+        model.save_pretrained(folder)
 
 
 def base(model: Any) -> Any:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int64s = NDArray[np.int64]
-Tree = list[int]
-"""Question numbers that share an image."""
+Group = list[int]
+"""Question numbers that share an image, and so a tree."""
 
 
 def epoch_order(image: Int64s, questions_per_image: int, seed: int, epoch: int) -> tuple[Int64s, Int64s]:
@@ -65,11 +65,13 @@ class Plan:
         alone = self.root_tokens[self.image] + self.branch_tokens
         return [int(question) for question in np.flatnonzero(alone > self.tokens_per_micro_batch)]
 
-    def step(self, step: int) -> list[Tree]:
+    def step(self, step: int) -> list[Group]:
         """The trees of optimizer step `step`; one question each where `trees` is off."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
-            self._orders.clear()
+            # Two are kept: what reads ahead is in the next epoch while the loop is still in this one.
+            for old in self._orders.keys() - {epoch - 1, epoch + 1}:
+                del self._orders[old]
             self._orders[epoch] = epoch_order(self.image, self.questions_per_image, self.seed, epoch)
         order, group = self._orders[epoch]
         here = slice(within * self.questions, (within + 1) * self.questions)
@@ -78,7 +80,7 @@ class Plan:
         edges = np.flatnonzero(np.diff(group[here])) + 1
         return [[int(question) for question in tree] for tree in np.split(order[here], edges)]
 
-    def share(self, trees: Sequence[Tree], world: int) -> list[list[list[Tree]]]:
+    def share(self, trees: Sequence[Group], world: int) -> list[list[list[Group]]]:
         """[rank][micro-batch] → trees: every rank gets the same number of micro-batches, some maybe empty.
 
         Longest first to the least loaded rank, then first fit into micro-batches. A tree that is too
@@ -89,7 +91,7 @@ class Plan:
             key=lambda sized: (-sized[0], sized[1]),
         )
         load = [0] * world
-        ranks: list[list[list[Tree]]] = [[] for _ in range(world)]
+        ranks: list[list[list[Group]]] = [[] for _ in range(world)]
         room: list[list[int]] = [[] for _ in range(world)]
         for tokens, piece in pieces:
             rank = load.index(min(load))
@@ -104,12 +106,12 @@ class Plan:
         most = max(map(len, ranks))
         return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in ranks]
 
-    def tokens(self, tree: Tree) -> int:
+    def tokens(self, tree: Group) -> int:
         """Length of a tree: its image once and its branches."""
         return int(self.root_tokens[self.image[tree[0]]] + self.branch_tokens[tree].sum())
 
-    def _cut(self, tree: Tree) -> list[Tree]:
-        pieces: list[Tree] = [[]]
+    def _cut(self, tree: Group) -> list[Group]:
+        pieces: list[Group] = [[]]
         for question in tree:
             if pieces[-1] and self.tokens([*pieces[-1], question]) > self.tokens_per_micro_batch:
                 pieces.append([])
@@ -117,9 +119,9 @@ class Plan:
         return pieces
 
 
-def trees_of(image: Int64s) -> list[Tree]:
+def trees_of(image: Int64s) -> list[Group]:
     """All questions, each image's as one tree, in order of first appearance: for evaluation."""
-    trees: dict[int, Tree] = {}
+    trees: dict[int, Group] = {}
     for question, number in enumerate(image.tolist()):
         trees.setdefault(number, []).append(question)
     return list(trees.values())

@@ -1,6 +1,7 @@
-"""A recipe's data made ready: read, audited, tokenized; everything that can be wrong is found here.
+"""A recipe made ready: data read, audited and tokenized, and the model it asks for.
 
     Recipe ── prepare ──▶ Prepared ── questions(part) ──▶ Questions
+                                   ── network() ──▶ model
 
 Training, evaluation and `surgvqa show` begin with this, so they all see the same canvases and tokens.
 """
@@ -8,25 +9,22 @@ Training, evaluation and `surgvqa show` begin with this, so they all see the sam
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from numpy.typing import NDArray
+from accelerate import Accelerator
 
-from surgvqa import audit, datasets, hub, letterbox
-from surgvqa.metrics import class_weights, normalise
+from surgvqa import datasets, hub, letterbox, model
+from surgvqa.audit import Audit, load, load_and_audit
+from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
+from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Part, Recipe
 from surgvqa.tokens import ChatTokens
 from surgvqa.tree import Questions
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -39,16 +37,17 @@ class Prepared:
     warnings: list[str]
 
     def questions(self, part: Part, most: int | None = None) -> Questions:
-        """The questions of a part; with `most`, those of images drawn by the recipe's seed, that many."""
+        """The questions of a part; with `most`, that many, of images drawn by the recipe's seed."""
         examples = self.dataset.part(part)
         if most is not None and most < len(examples):
             examples = _some(examples, most, self.recipe.train.seed)
+        weights = self.answer_weights() if part == "train" else {}
         return Questions(
             examples,
             self.chat,
             self.canvases,
             fill=self.recipe.image.fill,
-            weights=self._class_weights(examples) if part == "train" else None,
+            weights=np.array([weights[normalise(e.answers[0])] for e in examples]) if weights else None,
             per=self.recipe.loss.per,
         )
 
@@ -77,6 +76,34 @@ class Prepared:
             raise BadInput(problems)
         return plan
 
+    def network(self, checkpoint: Path | None = None) -> Any:
+        """The model that the recipe asks for, with new weights or those of a checkpoint; on the CPU."""
+        settings, lora = self.recipe.model, self.recipe.model.lora
+        full = settings.tune == "full"
+        frozen = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
+        return model.adapt(
+            model.build(
+                self.folder,
+                dtype=torch.float32 if full else frozen,
+                seed=self.recipe.train.seed,
+                weights=checkpoint if full else None,
+            ),
+            tune=settings.tune,
+            train_vision=settings.train_vision,
+            train_merger=settings.train_merger,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            modules=lora.modules,
+            seed=self.recipe.train.seed,
+            name=self.folder.name,
+            revision=self.folder.revision,
+            adapter=None if full else checkpoint,
+        )
+
+    def prior(self) -> Prior:
+        return Prior(self.dataset.part("train"))
+
     def fingerprint(self) -> str:
         """SHA-256 of what is trained on: ids, questions, answers, image names and sizes, in order."""
         digest = hashlib.sha256()
@@ -86,34 +113,40 @@ class Prepared:
         return digest.hexdigest()
 
     def answer_weights(self) -> dict[str, float]:
-        """Weight of each training answer, where the recipe asks for class weights."""
+        """Weight of each training answer; empty where the recipe asks for none."""
         kind = self.recipe.loss.class_weights
         answers = [normalise(example.answers[0]) for example in self.dataset.part("train")]
         return {} if kind == "none" else class_weights(answers, kind)
-
-    def _class_weights(self, examples: list[datasets.Example]) -> NDArray[np.float64] | None:
-        weights = self.answer_weights()
-        if not weights:
-            return None
-        return np.array([weights[normalise(example.answers[0])] for example in examples])
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator | None = None, *, progress: bool = False) -> Prepared:
     """Read and check everything but the weights, on every process.
 
-    Images are decoded by the main process alone, which tells the others. Raises BadInput with all errors.
+    Images are decoded by the main process alone, which tells the others. Raises BadInput with all errors
+    of data and model folder.
     """
-    image = recipe.image
+    image, lora = recipe.image, recipe.model
     folder = main_first(accelerator, lambda: hub.find(recipe.model.name, recipe.model.revision))
     loaded = []
 
-    def read_and_audit() -> tuple[list[datasets.Problem], dict[str, letterbox.Size]]:
-        loaded.append(_load(recipe))
-        return _audited(recipe, loaded[0], folder.factor, progress)
+    def read_and_audit() -> Audit:
+        dataset, found = load_and_audit(recipe, folder.special_tokens, progress=progress)
+        loaded.append(dataset)
+        return found
 
-    problems, sizes = main_first(accelerator, read_and_audit)
-    dataset = loaded[0] if loaded else _load(recipe)
-    errors = [str(problem) for problem in problems if not problem.warning]
+    found = main_first(accelerator, read_and_audit)
+    dataset = loaded[0] if loaded else load(recipe)
+    errors = [str(problem) for problem in found.problems if not problem.warning]
+    if lora.tune == "lora":
+        try:
+            model.lora_targets(
+                model.skeleton(folder),
+                lora.lora.modules,
+                train_vision=lora.train_vision,
+                train_merger=lora.train_merger,
+            )
+        except BadInput as error:
+            errors += error.problems
     if errors:
         raise BadInput(errors)
     chat = ChatTokens(folder, system=recipe.prompt.system, instructions=recipe.prompt.instructions)
@@ -121,75 +154,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator | None = None, *, progress:
         key: letterbox.plan_canvas(
             size, mode=image.mode, size=image.size, max_tokens=image.max_tokens, factor=folder.factor
         )
-        for key, size in sizes.items()
+        for key, size in found.sizes.items()
     }
-    return Prepared(recipe, folder, chat, dataset, canvases, [str(problem) for problem in problems])
-
-
-def processes() -> Accelerator:
-    """This process among those that a launcher started. Raises BadInput where they did not find each other.
-
-    Mixed precision is the recipe's and done by the trainer itself.
-    """
-    cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise BadInput(
-            f"the launcher started {expected} processes, but each of them is alone; "
-            "use one of accelerate_configs/ or torchrun"
-        )
-    return accelerator
-
-
-def main_first(accelerator: Accelerator | None, work: Callable[[], Result]) -> Result:
-    """`work()` of the main process, on every process; what it raises as BadInput is raised on all."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return work()
-    told: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            told = [work(), None]
-        except BadInput as error:
-            told = [None, error.problems]
-    broadcast_object_list(told)
-    if told[1] is not None:
-        raise BadInput(told[1])
-    result: Result = told[0]
-    return result
-
-
-def _load(recipe: Recipe) -> datasets.Dataset:
-    data = recipe.data
-    return datasets.load(
-        data.format,
-        data.path,
-        data.revision,
-        by=data.split.by,
-        val=data.split.val,
-        test=data.split.test,
-        seed=data.split.seed,
-    )
-
-
-def _audited(
-    recipe: Recipe, dataset: datasets.Dataset, factor: int, progress: bool
-) -> tuple[list[datasets.Problem], dict[str, letterbox.Size]]:
-    image = recipe.image
-    found = audit.audit(
-        dataset,
-        mode=image.mode,
-        size=image.size,
-        max_tokens=image.max_tokens,
-        factor=factor,
-        by=recipe.data.split.by,
-        progress=progress,
-    )
-    return found.problems, found.sizes
+    return Prepared(recipe, folder, chat, dataset, canvases, [str(problem) for problem in found.problems])
 
 
 def _some(examples: list[datasets.Example], most: int, seed: int) -> list[datasets.Example]:

@@ -32,6 +32,9 @@ class BadInput(Exception):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type[BadInput], tuple[list[str]]]:
+        return type(self), (self.problems,)  # whole, also when told to another process
+
 
 def explain(error: BadInput) -> int:
     """Print every problem to stderr, each on a line of its own; returns the exit code.
@@ -174,9 +177,9 @@ class Train(_Section):
     lr_merger: float | None = Field(None, gt=0)
     """Peak learning rate of the mergers; null: `lr`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up; cosine and linear end at 0."""
+    """Shape after the warm-up; cosine and linear fall towards 0, which the step after the last would have."""
     warmup: float = Field(0.03, ge=0, lt=1)
-    """Share of all steps over which the learning rate rises from 0."""
+    """Share of all steps over which the learning rate rises to its peak, by equal amounts."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decay, on matrices only."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -240,13 +243,6 @@ class Recipe(_Section):
     log: Log = Log()
     output: str = Field(min_length=1)
     """The run's folder."""
-
-    def steps_per_epoch(self, questions: int) -> int:
-        """Optimizer steps in one pass over `questions` training questions; the last may be partial."""
-        return -(-questions // self.batch.questions)
-
-    def total_steps(self, questions: int) -> int:
-        return self.train.max_steps or self.train.epochs * self.steps_per_epoch(questions)
 
     def dump(self) -> str:
         """The recipe as YAML with every key, which `load` reads back to an equal recipe."""

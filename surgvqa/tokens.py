@@ -77,7 +77,6 @@ class ChatTokens:
         self.tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
         self.tokenizer.chat_template = _chat_template(folder, self.tokenizer.chat_template)
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.path)
-        self._special = frozenset(self.tokenizer.get_added_vocab())
         wrong = [
             f"{folder.name}: the tokenizer gives {token} the id "
             f"{self.tokenizer.convert_tokens_to_ids(token)}, config.json says {expected}"
@@ -152,7 +151,7 @@ class ChatTokens:
             "which would break the conversation"
             for example, question, answer in zip(examples, questions, answers, strict=True)
             if "<" in question or "<" in answer
-            for token in sorted(self._special)
+            for token in sorted(self.folder.special_tokens)
             if token in question or token in answer
         ]
         if problems:
@@ -212,11 +211,6 @@ class ChatTokens:
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token as text, for showing."""
         return [str(self.tokenizer.decode([int(token)])) for token in ids]
-
-    def save(self, folder: Any) -> None:
-        """Write tokenizer, template and image processor beside weights, as transformers reads them."""
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
 
     def _encode(self, texts: Sequence[str]) -> list[Ints]:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, padding=False)["input_ids"]

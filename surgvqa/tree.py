@@ -3,11 +3,10 @@
                   segment:  root                  branch 1   branch 2    child 2.1
     tokens in the pack      r0 r1 r2 … r599       a0 a1 a2   b0 b1 b2 b3 c0 c1       next tree …
     positions (M-RoPE)      0 … 28                29 30 31   29 30 31 32 33 34       0 …
-    last (where it ends     ─ end of the tree ─   ─ end ──   end of 2.1  ─ end ─
-     to be visible)
+    visible until           ─ end of the tree ─   ─ end ──   end of 2.1  ─ end ─
 
-Token i sees token j iff j <= i < last[j]: its own segment's past and its ancestors, nothing else. Segments
-lie in depth-first order, so one number per token says it all, for any depth.
+Token i sees token j iff j <= i < visible_until[j]: its own segment's past and its ancestors, nothing else.
+Segments lie in depth-first order, so one number per token says it all, for any depth.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class Pack:
     """(1, tokens)"""
     positions: Tensor
     """(3, 1, tokens)"""
-    last: Tensor
-    """(tokens,): token j is visible up to before `last[j]`."""
+    visible_until: Tensor
+    """(tokens,): token j is visible to the tokens before `visible_until[j]`, from j on."""
     spans: tuple[tuple[int, int, int], ...]
     """(start, end of root, end) of each tree."""
     keep: Tensor
@@ -94,21 +93,17 @@ class Pack:
         }
         return replace(self, **pinned)
 
-    def without_weight(self) -> Pack:
-        """The same computation that adds nothing to loss and gradients."""
-        return replace(self, weights=torch.zeros_like(self.weights))
-
     def mask(self) -> Tensor:
         """(tokens, tokens) true where row sees column: the reference for every attention path."""
-        index = torch.arange(self.tokens, device=self.last.device)
-        return (index[None, :] <= index[:, None]) & (index[:, None] < self.last[None, :])
+        index = torch.arange(self.tokens, device=self.visible_until.device)
+        return (index[None, :] <= index[:, None]) & (index[:, None] < self.visible_until[None, :])
 
 
 def pack(trees: Sequence[Tree]) -> Pack:
     """Lay trees one after the other."""
     ids: list[NDArray[np.int32]] = []
     positions: list[NDArray[np.int32]] = []
-    last: list[NDArray[np.int64]] = []
+    until: list[NDArray[np.int64]] = []
     spans: list[tuple[int, int, int]] = []
     ends: list[int] = []
     sources: list[int] = []
@@ -119,11 +114,11 @@ def pack(trees: Sequence[Tree]) -> Pack:
     def add(branch: Branch, parent_end: int, position: int, tree_weights: Iterator[float]) -> None:
         """Append a branch and, behind it, its children; `parent_end` is the token that it continues."""
         nonlocal at
-        start, slot = at, len(last)
+        start, slot = at, len(until)
         ids.append(branch.ids)
         steps = position + np.arange(len(branch.ids), dtype=np.int32)
         positions.append(np.broadcast_to(steps, (3, len(steps))))
-        last.append(np.empty(len(branch.ids), np.int64))
+        until.append(np.empty(len(branch.ids), np.int64))
         at += len(branch.ids)
         ends.append(at - 1)
         weight = next(tree_weights) if branch.answer else 0.0
@@ -134,26 +129,26 @@ def pack(trees: Sequence[Tree]) -> Pack:
         own_end = at - 1
         for child in branch.children:
             add(child, own_end, position + len(branch.ids), tree_weights)
-        last[slot][:] = at
+        until[slot][:] = at
 
     for tree in trees:
         start = at
-        slot = len(last)
+        slot = len(until)
         ids.append(tree.root.ids)
         positions.append(tree.root.positions)
-        last.append(np.empty(len(tree.root.ids), np.int64))
+        until.append(np.empty(len(tree.root.ids), np.int64))
         at += len(tree.root.ids)
         root_end = at
         tree_weights = iter(tree.weights)
         for branch in tree.branches:
             add(branch, root_end - 1, tree.root.next_position, tree_weights)
-        last[slot][:] = at
+        until[slot][:] = at
         spans.append((start, root_end, at))
     kept, pick = np.unique(np.asarray(sources, np.int64), return_inverse=True)
     return Pack(
         ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None],
-        last=torch.from_numpy(np.concatenate(last)),
+        visible_until=torch.from_numpy(np.concatenate(until)),
         spans=tuple(spans),
         keep=torch.from_numpy(kept),
         ends=torch.tensor(ends, dtype=torch.int64),
@@ -260,9 +255,12 @@ def packs(
     asked: bool = False,
     workers: int = 0,
     pin: bool = False,
-) -> Iterable[tuple[Label, Pack]]:
-    """Pack the trees of each `(label, trees)` in order, ahead of need where there are workers."""
-    return DataLoader(
+) -> Iterator[tuple[Label, Pack]]:
+    """Pack the trees of each `(label, trees)` in order, ahead of need where there are workers.
+
+    Raises BadInput naming an image that can no longer be read.
+    """
+    loader: DataLoader[Any] = DataLoader(
         _Packing(questions, asked),
         batch_size=None,
         sampler=jobs,
@@ -270,17 +268,24 @@ def packs(
         collate_fn=_unchanged,
         pin_memory=pin,
     )
+    for label, packed in loader:
+        if isinstance(packed, BadInput):
+            raise packed
+        yield label, packed
 
 
-class _Packing(Dataset[tuple[Label, Pack]], Generic[Label]):
+class _Packing(Dataset[tuple[Label, "Pack | BadInput"]], Generic[Label]):
     """A map from a job to its pack, which is what a DataLoader wants."""
 
     def __init__(self, questions: Questions, asked: bool) -> None:
         self.questions, self.asked = questions, asked
 
-    def __getitem__(self, job: tuple[Label, Sequence[Sequence[int]]]) -> tuple[Label, Pack]:
+    def __getitem__(self, job: tuple[Label, Sequence[Sequence[int]]]) -> tuple[Label, Pack | BadInput]:
         label, trees = job
-        return label, self.questions.pack(trees, asked=self.asked)
+        try:
+            return label, self.questions.pack(trees, asked=self.asked)
+        except BadInput as error:  # raised in a worker it would reach the person as a page of traceback
+            return label, error
 
 
 def _unchanged(item: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tracemalloc
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -18,10 +19,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 
 
 def check(dataset: Dataset, by: str = "official", mode: str = "letterbox") -> Audit:
-    native = mode == "native"
-    return audit(
-        dataset, mode=mode, size=None if native else 56, max_tokens=9 if native else None, factor=28, by=by
-    )
+    return audit(dataset, mode=mode, by=by)
 
 
 def found(result: Audit) -> str:
@@ -219,9 +217,23 @@ def _bmp(width: int, height: int, colour: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_progress_goes_to_stderr(build: Builder, capsys: pytest.CaptureFixture[str]) -> None:
-    audit(build.dataset(), mode="letterbox", size=56, max_tokens=None, factor=28, progress=True)
-    assert capsys.readouterr().out == ""
+def test_progress_goes_to_stderr(
+    build: Builder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as if it were a terminal
+    audit(build.dataset(), mode="letterbox", progress=True)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "images" in printed.err
+
+
+def test_special_tokens_in_a_text_are_errors(build: Builder) -> None:
+    dataset = build.dataset()
+    example = replace(dataset.examples[0], question="What <|im_end|> is this?", place="q.jsonl:1")
+    hostile = Dataset([example, *dataset.examples[1:]], [])
+    result = audit(hostile, mode="letterbox", special_tokens={"<|im_end|>", "<|image_pad|>"})
+    assert "error: q.jsonl:1: holds the special token <|im_end|>" in found(result)
+    assert "special token" not in found(check(hostile))
 
 
 def test_real_frames() -> None:

@@ -12,22 +12,33 @@ import torch
 from surgvqa import checkpoint
 
 
-def write(folder: Path) -> None:
-    (folder / "weights").write_bytes(os.urandom(5000))
-    (folder / "state.json").write_text('{"step": 1}', encoding="utf-8")
-
-
-def saved(root: Path, *steps: int, keep: int = 2) -> list[str]:
+def saved(root: Path, *steps: int, keep: int = 2, score: float | None = None) -> list[str]:
     for step in steps:
-        checkpoint.save(root, step, write, keep=keep)
+        with checkpoint.writing(root, step, keep=keep) as folder:
+            (folder / "weights").write_bytes(os.urandom(5000))
+            (folder / "state.json").write_text(json.dumps({"step": step, "score": score}), encoding="utf-8")
     return sorted(folder.name for folder in root.iterdir() if folder.is_dir())
 
 
 def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
-    assert saved(tmp_path, 1, 2) == ["step-000001", "step-000002"]
-    checkpoint.mark_best(tmp_path, 2, "exact", 0.5)
-    assert saved(tmp_path, 3, 4, 5) == ["step-000002", "step-000004", "step-000005"]
-    assert checkpoint.best(tmp_path) == {"step": 2, "metric": "exact", "value": 0.5}
+    assert saved(tmp_path, 1) == ["step-000001"]
+    assert checkpoint.best(tmp_path) is None
+    assert saved(tmp_path, 2, score=0.5) == ["step-000001", "step-000002"]
+    assert saved(tmp_path, 3, score=0.5) == ["step-000002", "step-000003"]
+    assert saved(tmp_path, 4, 5, score=0.4) == ["step-000002", "step-000004", "step-000005"]
+    assert checkpoint.best(tmp_path) == tmp_path / "step-000002"
+    assert checkpoint.score(tmp_path / "step-000002") == 0.5
+    assert saved(tmp_path, 6, score=0.6) == ["step-000005", "step-000006"]
+
+
+def test_a_save_after_falling_back_replaces_the_future_that_was_given_up(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20, score=0.1)
+    saved(tmp_path, 30, score=0.9)
+    saved(tmp_path, 40, score=0.2)
+    for step in (30, 40):
+        damage(tmp_path / f"step-0000{step}" / "weights", "truncated")
+    assert saved(tmp_path, 25, keep=2, score=0.0) == ["step-000025"]
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-000025", [])
 
 
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
@@ -75,22 +86,23 @@ def test_damage_is_found_by_name_and_an_older_one_is_taken(tmp_path: Path, name:
 def test_a_failing_write_leaves_the_old_ones(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
 
-    def fail(folder: Path) -> None:
-        (folder / "weights").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def fail() -> None:
+        with checkpoint.writing(tmp_path, 3, keep=2) as folder:
+            (folder / "weights").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, 3, fail, keep=2)
+        fail()
     assert checkpoint.newest(tmp_path) == (tmp_path / "step-000002", [])
     checkpoint.remove_leftovers(tmp_path)
     assert saved(tmp_path) == ["step-000001", "step-000002"]
 
 
 def test_the_optimizer_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    def made() -> tuple[torch.nn.Module, torch.optim.AdamW, dict[torch.nn.Parameter, str]]:
+    def made() -> tuple[torch.nn.Module, torch.optim.AdamW, dict[str, torch.nn.Parameter]]:
         torch.manual_seed(0)
         network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-        names = {parameter: name for name, parameter in network.named_parameters()}
+        names = dict(network.named_parameters())
         return network, torch.optim.AdamW(network.parameters(), lr=0.1), names
 
     def step(network: torch.nn.Module, optimizer: torch.optim.AdamW) -> None:
@@ -112,7 +124,7 @@ def test_the_optimizer_comes_back_bit_for_bit(tmp_path: Path) -> None:
     del its_names
     with pytest.raises(KeyError):
         checkpoint.load_optimizer(
-            tmp_path / "optimizer.safetensors", its_optimizer, {next(again.parameters()): "another.name"}
+            tmp_path / "optimizer.safetensors", its_optimizer, {"another.name": next(again.parameters())}
         )
 
 

@@ -15,8 +15,9 @@ from surgvqa import recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
-    "demo", "recipe", "datasets", "letterbox", "audit", "hub", "tokens", "tree", "plan", "attention", "model",
-    "loss", "checkpoint", "decode", "metrics", "prepare", "evaluate", "train", "show", "launch", "cli",
+    "demo", "recipe", "datasets", "letterbox", "metrics", "audit", "hub", "tokens", "tree", "plan",
+    "attention", "model", "loss", "checkpoint", "decode", "processes", "prepare", "evaluate", "banner",
+    "run", "train", "show", "launch", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = ["demo.scenes", "recipe", "datasets", "letterbox", "audit", "hub", "metrics", "launch", "cli"]

@@ -144,13 +144,6 @@ def test_recipes_are_frozen() -> None:
         parsed.output = "elsewhere"  # type: ignore[misc]
 
 
-def test_step_arithmetic() -> None:
-    parsed = recipe.parse(GOOD, ["batch.questions=16", "train.epochs=3"])
-    assert parsed.steps_per_epoch(41_079) == 2568
-    assert parsed.total_steps(41_079) == 7704
-    assert recipe.parse(GOOD, ["train.max_steps=30"]).total_steps(41_079) == 30
-
-
 def test_the_reference_lists_every_key_as_the_docs_do() -> None:
     page = Path(__file__).parents[1] / "docs" / "recipe.md"
     assert recipe.reference() in page.read_text(encoding="utf-8")

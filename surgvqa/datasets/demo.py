@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from surgvqa.datasets import Example, Problem, tables
+from surgvqa.demo import cached
 
 
 def read(path: str | None, revision: str | None) -> Iterator[Example | Problem]:
-    """Questions of the demo in the folder `path`, by default one in the cache, written if it is not there.
-
-    The cache is `$SURGVQA_CACHE`, else `~/.cache/surgvqa`.
-    """
+    """Questions of the demo in the folder `path`, by default one in the cache, written if it is not there."""
     from surgvqa.demo.scenes import write_demo
 
-    yield from tables.read(str(write_demo(Path(path) if path else cache_folder() / "demo-v1")), None)
-
-
-def cache_folder() -> Path:
-    """Where generated data and tiny models are kept."""
-    return Path(os.environ.get("SURGVQA_CACHE") or Path.home() / ".cache" / "surgvqa")
+    yield from tables.read(str(write_demo(Path(path) if path else cached("demo"))), None)

@@ -1,1 +1,18 @@
 """A demo that needs no download: procedural endoscopy scenes and tiny models that can learn them."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def cached(name: str) -> Path:
+    """Where something that this package generates is kept: `$SURGVQA_CACHE`, else `~/.cache/surgvqa`.
+
+    The folder's name ends in a digest of the code that generates it, so changed code never meets old files.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.iterdir()):
+        if file.suffix in (".py", ".jinja"):
+            digest.update(file.read_bytes())
+    root = Path(os.environ.get("SURGVQA_CACHE") or Path.home() / ".cache" / "surgvqa")
+    return root / f"{name}-{digest.hexdigest()[:12]}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from surgvqa import run as runs_folder
 from surgvqa import train
 
 from .conftest import ROOT, Runs, trace
@@ -100,7 +101,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         "train.max_steps=9", "checkpoint.every=3", "eval.every=4", "eval.questions=3", "eval.keep_best=false",
     ]  # fmt: skip
     whole = trace(runs.here(f"whole-{name}", *changes))
-    step = train._Records.step
+    step = runs_folder.Records.step
 
     def stop_at_8(self: object, **row: object) -> None:
         step(self, **row)
@@ -108,7 +109,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Records, "step", stop_at_8)
+        patch.setattr(runs_folder.Records, "step", stop_at_8)
         with pytest.raises(KeyboardInterrupt):
             runs.here(f"stopped-{name}", *changes)
     stopped = runs.here(f"stopped-{name}", *changes)
@@ -180,7 +181,6 @@ def test_gradients_that_are_not_finite_update_nothing(
             return super().forward(pack) * (float("nan") if next(calls) in bad else 1.0)
 
     monkeypatch.setattr(train, "TreeLoss", Spoiled)
-    monkeypatch.setattr(train, "_log_as", lambda rank: None)
     name = f"spoiled-{code}"
     run = runs.folder / name
     words = runs._words(

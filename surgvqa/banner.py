@@ -1,0 +1,91 @@
+"""What a run is about to do, a line at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from surgvqa import hub, letterbox, metrics, model
+from surgvqa.plan import Plan
+from surgvqa.prepare import Prepared
+from surgvqa.processes import Compute
+from surgvqa.tree import Questions
+
+
+def banner(
+    prepared: Prepared,
+    questions: Questions,
+    plan: Plan,
+    network: Any,
+    accelerator: Accelerator,
+    compute: Compute,
+    total: int,
+    start: int,
+) -> Iterator[str]:
+    """Model and what trains, processes, batch, canvas, tokens, precision, data, steps, class weights."""
+    settings, folder, world = prepared.recipe, prepared.folder, accelerator.num_processes
+    revision = f" at {folder.revision}" if folder.revision else ""
+    yield f"model       {folder.name}{revision}, {hub.FAMILIES[folder.family]}; tune: {settings.model.tune}"
+    for part, (parameters, trains) in model.count(network).items():
+        state = "trains" if trains == parameters else "frozen" if not trains else f"{trains:,} train"
+        yield f"            {part:<10}{parameters:>16,}  {state}"
+    if settings.model.tune == "lora":
+        adapted = [
+            name.rsplit(".", 1)[-1] for name, part in network.named_modules() if hasattr(part, "lora_A")
+        ]
+        listed = ", ".join(f"{name} ×{count}" for name, count in Counter(adapted).items())
+        yield f"            adapters on {len(adapted)} modules: {listed}"
+    yield f"world       {_world(accelerator)}"
+    micro_batches = len(plan.share(plan.step(0), world)[0])
+    yield (
+        f"batch       {plan.questions} questions per step, at most {plan.questions_per_image} per image; "
+        f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of up to "
+        f"{plan.tokens_per_micro_batch:,} tokens per process"
+    )
+    yield f"canvas      {_canvas(prepared)}"
+    trees = [tree for step in range(min(plan.steps_per_epoch, 50)) for tree in plan.step(step)]
+    rows = [[question] for tree in trees for question in tree]
+    per_tree = sum(map(plan.tokens, trees)) / len(trees)
+    as_rows = sum(map(plan.tokens, rows)) / len(trees)
+    yield (
+        f"trees       {len(rows) / len(trees):.1f} questions and {per_tree:,.0f} tokens per tree; "
+        f"as one row per question {as_rows:,.0f} ({as_rows / per_tree:.1f}×)"
+    )
+    numbers = "fp32" if compute.autocast is None else "bf16 autocast, fp32 masters"
+    tf32 = "on" if compute.tf32 else "off"
+    yield f"precision   {numbers}, TF32 {tf32}, attention {compute.attn}"
+    parts = {part: len(prepared.dataset.part(part)) for part in ("train", "val", "test")}
+    yield "data        " + ", ".join(f"{count:,} {part}" for part, count in parts.items()) + " questions"
+    resuming = f"; resuming after step {start:,}" if start else ""
+    yield f"steps       {plan.steps_per_epoch:,} per epoch, {total:,} in all{resuming}"
+    weights = prepared.answer_weights()
+    if weights:
+        counts = Counter(metrics.normalise(example.answers[0]) for example in questions.examples)
+        yield f"answers     {settings.loss.class_weights} class weights"
+        for answer, count in counts.most_common(30):
+            yield f"            {answer[:40]:<40}{count:>8,}  × {weights[answer]:.3f}"
+        if len(counts) > 30:
+            yield f"            and {len(counts) - 30:,} rarer answers"
+
+
+def _world(accelerator: Accelerator) -> str:
+    device, world = accelerator.device, accelerator.num_processes
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if world == 1:
+        return f"1 process, {where}"
+    return f"distributed, {world} processes, {torch.distributed.get_backend()}, {where}"
+
+
+def _canvas(prepared: Prepared) -> str:
+    image, factor = prepared.recipe.image, prepared.folder.factor
+    if image.mode == "letterbox":
+        assert image.size is not None
+        side = letterbox.snap(image.size, factor)
+        return f"{image.size} → {side}, {side // factor}×{side // factor} = {(side // factor) ** 2} tokens"
+    tokens = [canvas.tokens(factor) for canvas in prepared.canvases.values()]
+    mean = sum(tokens) / len(tokens)
+    return f"native, {min(tokens)} to {max(tokens)} tokens, mean {mean:.0f} (limit {image.max_tokens})"

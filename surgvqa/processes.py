@@ -1,0 +1,106 @@
+"""The processes of a run: found, told apart, brought to agree; and how they compute."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+from surgvqa.recipe import BadInput
+
+log = logging.getLogger("surgvqa")
+
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for each other: the others wait while the main one decodes every image."""
+
+
+def start() -> Accelerator:
+    """This process among those that a launcher started. Raises BadInput where they did not find each other.
+
+    Mixed precision is the recipe's (see `Compute`). Messages go to stderr, and those of other processes
+    than the main one say whose they are.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"),
+        mixed_precision="no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise BadInput(
+            f"the launcher started {expected} processes, but each of them is alone; "
+            "use one of accelerate_configs/ or torchrun"
+        )
+    handler = logging.StreamHandler()
+    rank = accelerator.process_index
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    return accelerator
+
+
+def main_first(accelerator: Accelerator | None, work: Callable[[], Result]) -> Result:
+    """`work()` of the main process, on every process; what it raises is raised on all of them."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return work()
+    told: list[tuple[Result | None, Exception | None]] = [(None, None)]
+    if accelerator.is_main_process:
+        try:
+            told = [(work(), None)]
+        except Exception as error:
+            told = [(None, error)]
+    broadcast_object_list(told)
+    result, failure = told[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]  # None only where Result has it
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a recipe's model computes on a device."""
+
+    attn: str
+    """`sdpa` or `flex`."""
+    autocast: torch.dtype | None
+    """The type to compute in; None for that of the weights."""
+    tf32: bool
+
+
+def compute(precision: str, attn: str, device: torch.device) -> Compute:
+    """Decide, and set TF32 for the whole process: on with bf16, off with fp32.
+
+    Raises BadInput where the device has no such attention kernel.
+    """
+    cuda = device.type == "cuda"
+    if attn == "flex" and not cuda:
+        raise BadInput("model.attn: flex needs a CUDA GPU; leave it at auto")
+    tf32 = cuda and precision == "bf16"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    return Compute(
+        attn=("flex" if cuda else "sdpa") if attn == "auto" else attn,
+        autocast=torch.bfloat16 if precision == "bf16" else None,
+        tf32=tf32,
+    )
+
+
+def data_workers(asked: int | None, device: torch.device) -> int:
+    """Data workers of this process: as asked, else one per core beyond its own, at most 8; none on CPU."""
+    if asked is not None:
+        return asked
+    if device.type == "cpu":
+        return 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // local - 1))

@@ -1,0 +1,181 @@
+"""A run's folder: claimed, resumed, recorded. Only the main process writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from surgvqa import checkpoint, recipe
+from surgvqa.recipe import BadInput, Recipe
+
+log = logging.getLogger("surgvqa")
+
+RECORDS = ("metrics.jsonl", "eval.jsonl", "trace.jsonl")
+"""Files with a line per step or evaluation."""
+
+HARMLESS = (
+    "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.workers", "model.attn",
+    "batch.tokens_per_micro_batch", "batch.trees", "train.gradient_checkpointing",
+)  # fmt: skip
+"""Keys, or sections, that may differ between the runs of one experiment: they do not change what is
+learned. The training data itself is compared by its digest."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on."""
+
+    step: int
+    folder: Path
+    best: float
+    """The best score so far."""
+
+
+def claim(run: Path) -> None:
+    """Make sure that the folder can be written, and clear away what a killed run was still writing."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / ".probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"output: {run} cannot be written: {error.strerror}") from None
+    checkpoint.remove_leftovers(run / "checkpoints")
+
+
+def clear(run: Path) -> None:
+    """Remove what a former run left, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("recipe.yaml", *RECORDS, "predictions.jsonl", "scores.json"):
+        (run / name).unlink(missing_ok=True)
+
+
+def resumable(run: Path, settings: Recipe, fingerprint: str) -> Resume | None:
+    """The newest checkpoint that is whole. Raises BadInput where it is another experiment's."""
+    root = run / "checkpoints"
+    folder, rejected = checkpoint.newest(root)
+    for problem in rejected:
+        log.warning("warning: %s", problem)
+    if folder is None:
+        if rejected:
+            raise BadInput([*rejected, f"{run}: no checkpoint is whole; train anew with --fresh --yes"])
+        return None
+    state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
+    differences = [
+        difference
+        for difference in recipe.load(folder / "recipe.yaml").differences(settings)
+        if not _harmless(difference.partition(":")[0])
+    ]
+    if state["data"] != fingerprint:
+        differences.append(
+            "the training data: its questions, answers, order or images are not what they were"
+        )
+    if differences:
+        cure = f"{folder} was trained otherwise; choose another output, or start over with --fresh --yes:"
+        raise BadInput([cure, *(f"  {difference}" for difference in differences)])
+    step = int(state["step"])
+    top = checkpoint.best(root, up_to=step)
+    return Resume(step, folder, checkpoint.score(top) if top else -math.inf)
+
+
+def _harmless(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+
+
+class Records:
+    """The run's records and its progress bar; silent on all but the main process."""
+
+    def __init__(self, run: Path, start: int, total: int, trace: bool, console: Console) -> None:
+        self.run, self.start, self.total, self.console = run, start, total, console
+        self.writes = not console.quiet
+        self.traces = trace and self.writes
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Records:
+        if self.writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._forget_later_steps()
+            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
+            self.stack.callback(self.board.close)
+            names = RECORDS if self.traces else RECORDS[:2]
+            self.files = {
+                name: self.stack.enter_context((self.run / name).open("a", encoding="utf-8"))
+                for name in names
+            }
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+            self.stack.enter_context(self.progress)
+            self.task = self.progress.add_task("training", total=self.total, completed=self.start, numbers="")
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.stack.close()
+
+    def step(self, **row: Any) -> None:
+        """A line of metrics.jsonl, the same in TensorBoard, and the progress bar."""
+        if not self.writes:
+            return
+        # JSON has no NaN: a step without finite gradients says null.
+        _append(self.files["metrics.jsonl"], {k: v if math.isfinite(v) else None for k, v in row.items()})
+        for key in row.keys() - {"step", "epoch"}:
+            self.board.add_scalar(f"train/{key}", row[key], row["step"])
+        numbers = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['questions_per_s']:.1f} questions/s  "
+            f"{row['tokens'] / row['seconds']:,.0f} tokens/s"
+        )
+        self.progress.update(self.task, completed=row["step"], numbers=numbers)
+        # A log file gets a line now and then where a terminal gets a bar.
+        regular = row["step"] % max(1, self.total // 25) == 0
+        if not self.console.is_terminal and (regular or row["step"] in (self.start + 1, self.total)):
+            self.console.print(f"step {row['step']}/{self.total}  {numbers}", highlight=False, soft_wrap=True)
+
+    def trace(self, step: int, ids: Sequence[str], tokens: int, loss: float) -> None:
+        """A line of trace.jsonl, where the recipe asks for it."""
+        if self.traces:
+            _append(
+                self.files["trace.jsonl"], {"step": step, "ids": ids, "tokens": tokens, "loss": loss.hex()}
+            )
+
+    def evaluation(self, step: int, part: str, result: dict[str, Any]) -> None:
+        """A line of eval.jsonl."""
+        if not self.writes:
+            return
+        _append(self.files["eval.jsonl"], {"step": step, "split": part, **result})
+        self.board.add_scalar(f"{part}/exact", result["exact"], step)
+        self.console.print(
+            f"step {step}: {part} exact {100 * result['exact']:.1f} % of {result['n']} "
+            f"(prior {100 * result['prior']:.1f} %)",
+            highlight=False,
+        )
+
+    def _forget_later_steps(self) -> None:
+        """Drop the lines of steps that will be done again, and a line that was cut off."""
+        for name in RECORDS:
+            file = self.run / name
+            if file.is_file():
+                rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= self.start]
+                checkpoint.write_text(file, "".join(kept))
+
+
+def _append(file: TextIO, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()

@@ -44,13 +44,15 @@ def layout(pack: Pack) -> Layout:
 
 
 def block_mask(pack: Pack) -> BlockMask:
-    """What FlexAttention needs to know of a pack; no dense mask is made."""
+    """What FlexAttention needs to know of a pack; compiled on the GPU, where no dense mask is made."""
     until = pack.visible_until
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (row < until[column])
 
-    return create_block_mask(visible, None, None, pack.tokens, pack.tokens, device=until.device)
+    return create_block_mask(
+        visible, None, None, pack.tokens, pack.tokens, device=until.device, _compile=until.is_cuda
+    )
 
 
 def arguments(pack: Pack, attn: str) -> dict[str, Any]:
@@ -62,7 +64,8 @@ def arguments(pack: Pack, attn: str) -> dict[str, Any]:
 
 @cache
 def _compiled_flex() -> Any:
-    return torch.compile(flex_attention)
+    # Packs differ in length: one kernel for all of them.
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def tree_attention(
@@ -78,6 +81,8 @@ def tree_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """(1, heads, tokens, width) queries over (1, key heads, …) keys → ((1, tokens, heads, width), None)."""
+    # Rotary positions and norms of fp32 masters leave queries and keys in fp32 under autocast.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(attention_mask, BlockMask):
         kernel = _compiled_flex() if query.is_cuda else flex_attention
         out = kernel(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)

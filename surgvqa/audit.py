@@ -34,6 +34,8 @@ class Audit:
     """The data set's own and those found here, errors first."""
     sizes: dict[str, Size]
     """Image key → width and height in pixels, EXIF orientation applied; only of images that are sound."""
+    digests: dict[str, str]
+    """Image key → SHA-256 of its bytes, of the same images."""
 
 
 def load_and_audit(
@@ -41,8 +43,23 @@ def load_and_audit(
 ) -> tuple[Dataset, Audit]:
     """A recipe's data and what is wrong with it. Raises BadInput where it cannot be read at all."""
     dataset = load(recipe)
+    dataset = Dataset(dataset.examples, [*dataset.problems, *_prompts(recipe, dataset, special_tokens)])
     by, mode = recipe.data.split.by, recipe.image.mode
     return dataset, audit(dataset, mode=mode, by=by, special_tokens=special_tokens, progress=progress)
+
+
+def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) -> Iterator[Problem]:
+    """Instructions for types that the data does not have, and prompts that would break conversations."""
+    types = {example.question_type for example in dataset.examples}
+    unused = sorted(recipe.prompt.instructions.keys() - types)
+    if unused:
+        what = f"no question has the type {_some(unused)}; the data has {', '.join(sorted(types))}"
+        yield Problem("prompt.instructions", what, warning=True)
+    texts = {f"prompt.instructions.{kind}": text for kind, text in recipe.prompt.instructions.items()}
+    for place, text in {**texts, "prompt.system": recipe.prompt.system or ""}.items():
+        for token in sorted(special_tokens):
+            if token in text:
+                yield Problem(place, f"holds the special token {token}, which would break the conversation")
 
 
 def load(recipe: Recipe) -> Dataset:
@@ -56,7 +73,7 @@ def load(recipe: Recipe) -> Dataset:
 @dataclass(frozen=True, slots=True)
 class _Image:
     size: Size
-    digest: bytes
+    digest: str
 
 
 def audit(
@@ -91,7 +108,7 @@ def audit(
             return f"cannot be read: {error.strerror or error}"
         except ValueError as error:
             return str(error)
-        return _Image(image.size, hashlib.sha256(data).digest())
+        return _Image(image.size, hashlib.sha256(data).hexdigest())
 
     found: dict[str, _Image] = {}
     problems = list(dataset.problems)
@@ -109,7 +126,11 @@ def audit(
     problems += _unseen_answers(dataset)
     problems += _conflicts(dataset)
     problems.sort(key=lambda problem: problem.warning)
-    return Audit(problems, {key: image.size for key, image in found.items()})
+    return Audit(
+        problems,
+        sizes={key: image.size for key, image in found.items()},
+        digests={key: image.digest for key, image in found.items()},
+    )
 
 
 def report(problems: Iterable[Problem]) -> str:
@@ -174,7 +195,7 @@ def _leak(what: str, parts_of: Mapping[str, set[Part | None]], cure: str, warnin
 
 def _copies(found: Mapping[str, _Image], uses: Mapping[str, Sequence[Example]]) -> Iterator[Problem]:
     """Images under different names but with the same bytes, in more than one part."""
-    names: dict[bytes, list[str]] = defaultdict(list)
+    names: dict[str, list[str]] = defaultdict(list)
     for key, image in found.items():
         names[image.digest].append(key)
     leaking = []

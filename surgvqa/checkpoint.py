@@ -47,10 +47,12 @@ def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
     for file in _files(aside):
         _sync(file)
     _sync(aside)
+    replaced = root / f".tmp-replaced-{folder_name(step)}"
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     aside.rename(final)
     _sync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     if problems := verify(final):
         raise OSError(f"checkpoint {final} does not hold what was written: {'; '.join(problems)}")
     ours = steps(root)
@@ -104,7 +106,7 @@ def verify(folder: Path) -> list[str]:
 
 def remove_leftovers(root: Path) -> None:
     """Delete what a killed run was still writing."""
-    for folder in root.glob(".tmp-step-*"):
+    for folder in root.glob(".tmp-*"):
         shutil.rmtree(folder)
 
 

@@ -94,8 +94,12 @@ def examine(
     accelerator: Accelerator,
     compute: Compute,
     console: Console,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Answer a whole part with the model of the checkpoint `folder`; write and print what came of it."""
+    """Answer a whole part with the model of the checkpoint `folder`; write and print what came of it.
+
+    `overrides` are recipe keys that were changed for it, which the scores record.
+    """
     questions = prepared.questions(part)
     with _bar(console, f"evaluating {part}", len(questions)) as advance:
         predictions = predict(
@@ -107,6 +111,8 @@ def examine(
             advance=lambda done: advance(done * accelerator.num_processes),
         )
     result = {**metrics.scores(predictions, prepared.prior()), "split": part, "checkpoint": folder.name}
+    if overrides:
+        result["overrides"] = list(overrides)
     if accelerator.is_main_process:
         lines = (json.dumps(prediction.row(), ensure_ascii=False) + "\n" for prediction in predictions)
         checkpoint.write_text(run / "predictions.jsonl", "".join(lines))
@@ -151,8 +157,9 @@ def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ())
         accelerator=accelerator,
         compute=compute,
         console=Console(quiet=not accelerator.is_main_process),
+        overrides=overrides,
     )
-    accelerator.end_training()
+    processes.stop(accelerator)
     return result
 
 

@@ -137,9 +137,12 @@ def is_remote(name: str) -> bool:
 
 
 def copy_processor(folder: Folder, target: Path) -> None:
-    """Copy tokenizer, chat template and image processor, byte for byte, beside trained weights."""
-    for name in _PROCESSOR_FILES:
-        if (folder.path / name).is_file():
+    """Copy tokenizer, chat template and image processor, byte for byte, beside trained weights.
+
+    With adapters the base model's config.json too, for whoever asks what they belong to.
+    """
+    for name in (*_PROCESSOR_FILES, "config.json"):
+        if (folder.path / name).is_file() and not (target / name).exists():
             shutil.copyfile(folder.path / name, target / name)
 
 

@@ -34,7 +34,7 @@ def normalise(answer: str) -> str:
     """
     text = " ".join(unicodedata.normalize("NFKC", answer).split())
     parts = sorted({part.strip().rstrip(".").strip() for part in text.split(";")} - {""})
-    return "; ".join(parts)
+    return "; ".join(parts) or text
 
 
 def exact(answer: str, references: Iterable[str]) -> bool:
@@ -62,7 +62,7 @@ class Prior:
         self.overall = _majority(overall)
 
     def answer(self, question: str, question_type: str) -> str:
-        return self.by_question.get(question) or self.by_type.get(question_type) or self.overall
+        return self.by_question.get(question, self.by_type.get(question_type, self.overall))
 
 
 def _majority(counter: Counter[str]) -> str:

@@ -134,6 +134,10 @@ def adapt(
             # PEFT asks by the name that transformers 5.22 gave up.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
+            whole = _saved_whole(model, train_vision, train_merger)
+            for path, module in model.named_modules():
+                if any(path.endswith(f".{part}") for part in whole):
+                    module.float()  # PEFT copies them as they are, and reads saved ones into that
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
             else:
@@ -143,15 +147,17 @@ def adapt(
                     lora_alpha=alpha,
                     lora_dropout=dropout,
                     target_modules=targets,
-                    modules_to_save=_saved_whole(model, train_vision, train_merger) or None,
+                    modules_to_save=whole or None,
                 )
                 model = get_peft_model(model, config)
+        for module in model.modules():
+            if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+                module.original_module = nn.Identity()  # the untrained twin would only take memory
         # Others load the adapter onto this: a hub id, not wherever its files lie on this machine.
         model.peft_config["default"].base_model_name_or_path = name
         model.peft_config["default"].revision = revision
     for path, parameter in model.named_parameters():
-        # PEFT keeps the untrained original of a module it saves whole: it takes no part.
-        parameter.requires_grad_(trains[component_of(path)] and ".original_module." not in path)
+        parameter.requires_grad_(trains[component_of(path)])
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
@@ -219,8 +225,6 @@ def count(model: Any) -> dict[Component, tuple[int, int]]:
     """(all, trainable) parameters of each part that there is; a tied lm_head counts with the embedding."""
     counts: dict[Component, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        if ".original_module." in name:
-            continue
         part = component_of(name)
         total, trainable = counts.get(part, (0, 0))
         counts[part] = total + parameter.numel(), trainable + parameter.numel() * parameter.requires_grad

@@ -34,6 +34,8 @@ class Prepared:
     chat: ChatTokens
     dataset: datasets.Dataset
     canvases: dict[str, letterbox.Canvas]
+    digests: dict[str, str]
+    """Image key → SHA-256 of the image's bytes."""
     warnings: list[str]
 
     def questions(self, part: Part, most: int | None = None) -> Questions:
@@ -105,11 +107,11 @@ class Prepared:
         return Prior(self.dataset.part("train"))
 
     def fingerprint(self) -> str:
-        """SHA-256 of what is trained on: ids, questions, answers, image names and sizes, in order."""
+        """SHA-256 of what is trained on: ids, questions, answers and the images' own digests, in order."""
         digest = hashlib.sha256()
         for example in self.dataset.part("train"):
-            sizes = [(image.key, self.canvases[image.key]) for image in example.images]
-            digest.update(repr((example.id, example.question, example.answers, sizes)).encode())
+            images = [self.digests[image.key] for image in example.images]
+            digest.update(repr((example.id, example.question, example.answers, images)).encode())
         return digest.hexdigest()
 
     def answer_weights(self) -> dict[str, float]:
@@ -126,7 +128,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator | None = None, *, progress:
     of data and model folder.
     """
     image, lora = recipe.image, recipe.model
-    folder = main_first(accelerator, lambda: hub.find(recipe.model.name, recipe.model.revision))
+    # The main process fetches; then each finds the folder on its own node.
+    main_first(accelerator, lambda: hub.find(recipe.model.name, recipe.model.revision) and None)
+    folder = hub.find(recipe.model.name, recipe.model.revision)
     loaded = []
 
     def read_and_audit() -> Audit:
@@ -156,7 +160,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator | None = None, *, progress:
         )
         for key, size in found.sizes.items()
     }
-    return Prepared(recipe, folder, chat, dataset, canvases, [str(problem) for problem in found.problems])
+    return Prepared(
+        recipe, folder, chat, dataset, canvases, found.digests, [str(problem) for problem in found.problems]
+    )
 
 
 def _some(examples: list[datasets.Example], most: int, seed: int) -> list[datasets.Example]:

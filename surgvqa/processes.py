@@ -51,6 +51,17 @@ def start() -> Accelerator:
     return accelerator
 
 
+def stop(accelerator: Accelerator) -> None:
+    """Leave the other processes. Call it where nothing holds a wrapped model any more.
+
+    A wrapped model that is freed last would free the process group while it holds Python's lock, which a
+    thread of gloo that frees its last tensors may be waiting for: seen as a hang at the very end.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
 def main_first(accelerator: Accelerator | None, work: Callable[[], Result]) -> Result:
     """`work()` of the main process, on every process; what it raises is raised on all of them."""
     if accelerator is None or accelerator.num_processes == 1:

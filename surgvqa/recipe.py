@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 Part = Literal["train", "val", "test"]
+
+
+_TABLES = ("jsonl", "csv", "parquet")
 
 
 class BadInput(Exception):
@@ -52,7 +56,9 @@ def explain(error: BadInput) -> int:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Lora(_Section):
@@ -246,7 +252,7 @@ class Recipe(_Section):
 
     def dump(self) -> str:
         """The recipe as YAML with every key, which `load` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def differences(self, other: Recipe) -> list[str]:
         """`key: ours → theirs` for each key in which two recipes differ."""
@@ -274,7 +280,7 @@ def parse(text: str, overrides: Iterable[str] = (), where: str = "recipe") -> Re
     """`load` for text already in memory; `where` begins each problem."""
     try:
         tree = yaml.load(text, _Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise BadInput(f"{where}: a recipe is a set of keys (model, data, image, ...), not {_shown(tree)}")
@@ -321,8 +327,18 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append("train.lr_merger: the merger does not train; set model.train_merger: true")
     if model.tune == "full" and model.lora != Lora():
         found.append("model.lora: is for tune: lora, but tune is full")
-    if model.revision is not None and model.name.startswith("tiny-"):
-        found.append("model.revision: a tiny model has none")
+    if model.revision is not None and (model.name.startswith("tiny-") or Path(model.name).is_dir()):
+        found.append(f"model.revision: {model.name} is no hub id, so it has none")
+    if data.revision is not None and (data.path is None or Path(data.path).exists()):
+        found.append("data.revision: is for a hub id; the data is on this machine")
+    suffix = Path(data.path or "").suffix.lstrip(".")
+    if data.format in _TABLES and suffix in _TABLES and suffix != data.format:
+        found.append(f"data.format: is {data.format}, but data.path ends in .{suffix}")
+    if recipe.eval.every and recipe.eval.keep_best and recipe.eval.split == recipe.eval.final:
+        found.append(
+            "eval.keep_best: would choose the checkpoint on the part that eval.final then scores it on; "
+            "evaluate on another part during training, or set eval.keep_best: false"
+        )
     return found
 
 
@@ -385,8 +401,7 @@ def reference() -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return reprlib.repr(value)
 
 
 def _override(tree: dict[str, Any], override: str) -> list[str]:
@@ -396,7 +411,7 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
         return [f"override {override!r}: write it as key=value, e.g. train.lr=1e-4"]
     try:
         parsed = yaml.load(value, _Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         return [f"override {override!r}: not a YAML value: {' '.join(str(error).split())}"]
     *parents, name = key.split(".")
     for parent in parents:
@@ -419,6 +434,15 @@ class _Loader(yaml.SafeLoader):
 
     # Not YAML 1.1's: those that follow are all there are. PyYAML declares no ClassVar.
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            # A few of them, nested, are gigabytes.
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", None)
+        return super().compose_node(parent, index)
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node))  # YAML 1.1 took 010 for eight
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -443,6 +467,16 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would read as something other than text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ class Resume:
     folder: Path
     best: float
     """The best score so far."""
+    skipped: int
+    """How many of the last steps had no finite gradients."""
 
 
 def claim(run: Path) -> None:
@@ -86,7 +88,7 @@ def resumable(run: Path, settings: Recipe, fingerprint: str) -> Resume | None:
         raise BadInput([cure, *(f"  {difference}" for difference in differences)])
     step = int(state["step"])
     top = checkpoint.best(root, up_to=step)
-    return Resume(step, folder, checkpoint.score(top) if top else -math.inf)
+    return Resume(step, folder, checkpoint.score(top) if top else -math.inf, int(state["skipped"]))
 
 
 def _harmless(key: str) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
@@ -63,6 +64,12 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
     gradients stay non-finite.
     """
     accelerator = processes.start()
+    run = _train(settings, fresh, accelerator)
+    processes.stop(accelerator)
+    return run
+
+
+def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
     main, world, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     console = Console(quiet=not main)
     run = Path(settings.output)
@@ -108,11 +115,10 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
             hub.copy_processor(prepared.folder, folder)
             checkpoint.save_optimizer(folder / "optimizer.safetensors", optimizer, parameters)
             checkpoint.write_text(folder / "recipe.yaml", settings.dump())
-            checkpoint.write_json(
-                folder / checkpoint.STATE, {"step": step, "data": fingerprint, "world": world, "score": score}
-            )
+            state = {"step": step, "data": fingerprint, "score": score, "skipped": skipped}
+            checkpoint.write_json(folder / checkpoint.STATE, state)
 
-    skipped = 0
+    skipped = resume.skipped if resume else 0
     evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
     workers = processes.data_workers(settings.data.workers, device)
     micro_batches = iter(
@@ -211,7 +217,6 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
             console=console,
         )
     console.print(f"run folder: {run}", soft_wrap=True)
-    accelerator.end_training()
     return run
 
 
@@ -244,7 +249,7 @@ def _validation(prepared: Prepared) -> Any:
     if not prepared.dataset.part(settings.split):
         raise BadInput(
             f"eval.every: the {settings.split} part holds no questions to evaluate on; "
-            "set eval.every: null, eval.split: test, or data.split"
+            "set eval.every: null, or data.split"
         )
     questions = prepared.questions(settings.split, settings.questions)
     prepared.plan(questions)

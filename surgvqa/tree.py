@@ -11,6 +11,7 @@ Segments lie in depth-first order, so one number per token says it all, for any 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
@@ -27,8 +28,8 @@ from surgvqa.letterbox import Canvas, draw, open_rgb
 from surgvqa.recipe import BadInput
 from surgvqa.tokens import Branch, ChatTokens, Root
 
-KEPT_BYTES = 512 * 2**20
-"""Memory that each process may use to keep drawn canvases."""
+KEPT_BYTES = 2**30
+"""Memory in which the processes of a machine, together, may keep drawn canvases."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ class Questions:
         self.canvases = canvases
         self.fill = fill
         self._kept: dict[str, Image.Image] = {}
-        self._room = KEPT_BYTES
+        self.room = KEPT_BYTES
+        """Bytes left for canvases to keep."""
         self.branches = chat.branches(examples)
         answer_tokens = np.array([branch.answer for branch in self.branches], np.float64)
         question_weights = np.ones(len(examples)) if weights is None else weights
@@ -234,8 +236,8 @@ class Questions:
         except (OSError, ValueError) as error:
             raise BadInput(f"image {image.key}: {error}") from error
         size = 3 * canvas.width * canvas.height
-        if self._room >= size:
-            self._room -= size
+        if self.room >= size:
+            self.room -= size
             self._kept[image.key] = drawn
         return drawn
 
@@ -260,6 +262,8 @@ def packs(
 
     Raises BadInput naming an image that can no longer be read.
     """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    questions.room = min(questions.room, KEPT_BYTES // (local * max(1, workers)))
     loader: DataLoader[Any] = DataLoader(
         _Packing(questions, asked),
         batch_size=None,
@@ -267,6 +271,7 @@ def packs(
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin,
+        generator=torch.Generator(),  # or it would draw from the numbers that dropout takes
     )
     for label, packed in loader:
         if isinstance(packed, BadInput):

@@ -91,7 +91,8 @@ from accelerate import Accelerator
 
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
 total = accelerator.reduce(torch.tensor(float(accelerator.process_index + 1)))
-print(accelerator.num_processes, torch.distributed.get_backend(), accelerator.device.type, total.item())
+words = accelerator.num_processes, torch.distributed.get_backend(), accelerator.device.type, total.item()
+sys.stdout.write(" ".join(map(str, words)) + "\\n")  # at once: two processes write here
 time.sleep(2)
 accelerator.end_training()
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.utils.class_weight import compute_class_weight
 
 from surgvqa import metrics
 from surgvqa.datasets import Example
@@ -34,6 +35,8 @@ def predicted(question: str, answer: str, *references: str, kind: str = "yes_no"
         (">20mm", ">20", False),
         ("", "", True),
         ("ﬁne", "fine", True),
+        ("", ".", False),
+        (".", ";", False),
     ],
 )
 def test_exact(answer: str, reference: str, same: bool) -> None:
@@ -83,11 +86,10 @@ def test_scores_by_hand() -> None:
 
 
 def test_inverse_class_weights_are_scikit_learns() -> None:
-    sklearn = pytest.importorskip("sklearn.utils.class_weight", reason="scikit-learn is not installed")
     answers = ["no"] * 70 + ["yes"] * 25 + ["not relevant"] * 5
     ours = metrics.class_weights(answers, "inverse")
     classes = np.unique(answers)
-    theirs = sklearn.compute_class_weight("balanced", classes=classes, y=answers)
+    theirs = compute_class_weight("balanced", classes=classes, y=answers)
     assert [ours[str(name)] for name in classes] == pytest.approx(theirs)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,11 @@ train: {lr: fast, epochs: 1.5, precision: fp16}
         ("train: {lr_vision: 0.1}", "train.lr_vision: the vision tower does not train"),
         ("train: {lr_merger: 0.1}", "train.lr_merger: the merger does not train"),
         ("model: {name: x, tune: full, lora: {rank: 4}}", "model.lora: is for tune: lora"),
-        ("model: {name: tiny-qwen3-vl, revision: main}", "model.revision: a tiny model has none"),
+        ("data: {format: csv, path: a.jsonl}", "data.format: is csv, but data.path ends in .jsonl"),
+        ("data: {format: demo, revision: main}", "data.revision: is for a hub id"),
+        ("eval: {every: 1, split: test}", "eval.keep_best: would choose the checkpoint on the part"),
+        ("train: {lr: 1e400}", "train.lr: input should be a finite number"),
+        ("model: {name: tiny-qwen3-vl, revision: main}", "model.revision: tiny-qwen3-vl is no hub id"),
     ],
 )
 def test_contradictions(change: str, said: str) -> None:
@@ -98,6 +104,22 @@ def test_numbers(text: str, value: float) -> None:
 def test_yaml_1_2_text_stays_text() -> None:
     parsed = recipe.parse(GOOD + "prompt: {instructions: {yes_no: yes, when: 18:00, on: off}}")
     assert parsed.prompt.instructions == {"yes_no": "yes", "when": "18:00", "on": "off"}
+
+
+def test_numbers_are_decimal_and_texts_that_look_like_numbers_survive() -> None:
+    assert recipe.parse(GOOD, ["train.seed=010"]).train.seed == 10
+    texts = {"system": "1e5", "instructions": {"a": "08", "b": "true", "c": "null", "d": "- x: y"}}
+    first = recipe.parse(GOOD + f"prompt: {json.dumps(texts)}")
+    assert first.prompt.instructions["a"] == "08"
+    assert recipe.parse(first.dump()) == first
+
+
+def test_files_that_would_blow_up_are_refused() -> None:
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{b}: &{b} [{','.join(f'*{a}' for _ in range(9))}]\n" for a, b in itertools.pairwise("abcdefghijkl")
+    )
+    assert "aliases (*name) are not allowed" in problems(bomb)[0]
+    assert "not valid YAML" in problems("a: " + "[" * 5000)[0]
 
 
 def test_overrides_reach_any_key() -> None:

@@ -1,0 +1,264 @@
+"""Parts of the loop by themselves: schedules, parameter groups, options that reach the arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_jsonl
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from surgvqa import checkpoint, evaluate, hub, model, recipe, train, tree
+from surgvqa.recipe import BadInput
+
+RECIPE = """
+model: {name: tiny-qwen3-vl, tune: full, train_vision: true, train_merger: true}
+data: {format: jsonl}
+image: {size: 96}
+batch: {questions: 12, questions_per_image: 4, tokens_per_micro_batch: 600}
+train: {max_steps: 4, lr: 1.0e-3, precision: fp32, gradient_checkpointing: false}
+eval: {final: null}
+log: {trace: true}
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Any:
+    data = write_jsonl(tmp_path / "data", images=16)
+
+    def make(*overrides: str) -> recipe.Recipe:
+        words = [f"data.path={data}", f"output={tmp_path / 'run'}", *overrides]
+        return recipe.parse(RECIPE, words)
+
+    return make
+
+
+def rates(scheduler: LambdaLR, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_schedules_are_transformers_one_step_ahead_in_the_warm_up(name: str) -> None:
+    """Theirs begins with a step at 0, ours with the first share of the peak; after the warm-up they agree."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    make = {"cosine": get_cosine_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}[name]
+    theirs = rates(make(optimizer, num_warmup_steps=10, num_training_steps=100), optimizer, 100)
+    ours = [train.lr_factor(step, 100, 0.1, name) for step in range(100)]
+    assert ours[10:] == pytest.approx(theirs[10:])
+    assert ours[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert ours[:9] == pytest.approx(theirs[1:10])
+
+
+def test_constant_and_degenerate_schedules() -> None:
+    assert [train.lr_factor(step, 4, 0.5, "constant") for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert train.lr_factor(0, 1, 0.0, "cosine") == 1.0
+    assert math.isclose(train.lr_factor(99, 100, 0.0, "linear"), 0.01)
+
+
+def test_each_part_has_its_learning_rate_and_matrices_alone_decay(settings: Any) -> None:
+    chosen = settings("train.lr_vision=1e-5", "train.lr_merger=2e-5", "train.weight_decay=0.1")
+    network = model.adapt(
+        model.build(hub.find("tiny-qwen3-vl")), tune="full", train_vision=True, train_merger=True
+    )
+    parameters = dict(model.trainable(network))
+    optimizer = train._optimizer(chosen, parameters, fused=False)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(group_of) == len(parameters)
+    expected = {"vision": 1e-5, "merger": 2e-5, "deepstack": 2e-5, "language": 1e-3}
+    for name, parameter in parameters.items():
+        group = group_of[id(parameter)]
+        assert group["lr"] == group["peak"] == expected[model.component_of(name)], name
+        assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0), name
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0.25, 40), (1.0, 161), (1, 161), (0.001, 1), (7.0, 7), (None, 0)]
+)
+def test_evaluation_interval(every: float | None, steps: int) -> None:
+    assert train._interval(every, 161) == steps
+
+
+def first_losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()]
+
+
+def test_bf16_computes_in_bf16_and_stays_near_fp32(settings: Any, tmp_path: Path) -> None:
+    exact = first_losses(train.train(settings(f"output={tmp_path / 'a'}")))
+    rounded = first_losses(train.train(settings(f"output={tmp_path / 'b'}", "train.precision=bf16")))
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=0.02)
+
+
+def test_native_images_train(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    native = settings().model_dump(mode="json")
+    native["image"] = {"mode": "native", "max_tokens": 12}
+    run = train.train(recipe.parse(json.dumps(native)))
+    assert len(first_losses(run)) == 4
+    banner = capsys.readouterr().out
+    assert "native, " in banner
+    assert "(limit 12)" in banner
+
+
+@pytest.mark.parametrize("family", ["tiny-qwen2-vl", "tiny-qwen3-vl"])
+def test_the_banner_tells_adapters_canvas_and_class_weights(
+    settings: Any, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    lora = ["model.tune=lora", "model.train_vision=false", "model.train_merger=false"]
+    train.train(
+        settings(*lora, f"model.name={family}", "image.size=100", "loss.class_weights=effective",
+                 "train.max_steps=1", "model.lora.modules=[q_proj, down_proj]")
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    layers = 3
+    assert f"adapters on {2 * layers} modules: q_proj ×{layers}, down_proj ×{layers}" in said
+    assert {"tiny-qwen2-vl": "100 → 84, 3×3 = 9 tokens", "tiny-qwen3-vl": "100 → 96, 3×3 = 9 tokens"}[
+        family
+    ] in said
+    assert "effective class weights" in said
+    assert "vision " in said
+    assert "frozen" in said
+
+
+def test_the_best_checkpoint_is_kept_and_answers_at_the_end(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that fall after step 2: its checkpoint outlives the newer ones and makes the predictions."""
+    scores = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2])
+    real = train.metrics.scores
+    monkeypatch.setattr(
+        train.metrics,
+        "scores",
+        lambda answers, prior: {
+            "overall": {**real(answers, prior)["overall"], "exact": next(scores, 0.0)},
+            "by_type": {},
+        },
+    )
+    run = train.train(
+        settings(
+            "train.max_steps=6",
+            "eval.every=1e-9",
+            "eval.final=test",
+            "eval.max_new_tokens=4",
+            "checkpoint.every=1",
+        )
+    )
+    kept = [folder.name for folder in sorted((run / "checkpoints").iterdir())]
+    assert kept == ["step-000002", "step-000005", "step-000006"]
+    assert checkpoint.best(run / "checkpoints") == run / "checkpoints/step-000002"
+    assert json.loads((run / "scores.json").read_text())["checkpoint"] == "step-000002"
+    steps = [json.loads(line)["step"] for line in (run / "eval.jsonl").open()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_validation_questions_is_an_error(settings: Any) -> None:
+    with pytest.raises(BadInput, match="the val part holds no questions to evaluate on"):
+        train.train(
+            settings("eval.every=1", "data.split.by=image", "data.split.val=0", "data.split.test=0.2")
+        )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_goes_away_during_training_is_named(settings: Any, workers: int) -> None:
+    from surgvqa.prepare import prepare
+
+    prepared = prepare(settings())
+    questions = prepared.questions("train")
+    for image in Path(settings().data.path).parent.glob("*.png"):
+        image.unlink()
+    with pytest.raises(BadInput) as caught:
+        list(tree.packs(questions, [("first", [[0]])], workers=workers))
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith("image ")
+    assert "Traceback" not in caught.value.problems[0]
+
+
+def test_changed_image_bytes_are_changed_data(settings: Any) -> None:
+    train.train(settings("train.max_steps=1"))
+    image = Path(settings().data.path).parent / "0.png"
+    changed = np.asarray(tree.open_rgb(image.read_bytes())).copy()
+    changed[0, 0] = 255 - changed[0, 0]
+    tree.Image.fromarray(changed).save(image)
+    with pytest.raises(BadInput, match="the training data"):
+        train.train(settings("train.max_steps=1"))
+
+
+# Checkpoints as others load them.
+
+
+def logits(network: Any, run: Path) -> torch.Tensor:
+    from surgvqa.loss import TreeLoss
+    from surgvqa.prepare import prepare
+
+    questions = prepare(recipe.load(run / "recipe.yaml")).questions("train")
+    loss = TreeLoss(network.eval(), attn="sdpa", autocast=None)
+    with torch.no_grad():
+        return loss(questions.pack([[0], [1]]))
+
+
+def test_transformers_loads_a_full_checkpoint_as_it_is(settings: Any) -> None:
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    run = train.train(settings())
+    folder = evaluate.chosen_checkpoint(run)
+    theirs = AutoModelForImageTextToText.from_pretrained(folder)
+    ours = model.build(hub.find("tiny-qwen3-vl"), weights=folder)
+    state = ours.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
+    base = hub.find("tiny-qwen3-vl").path
+    for name in ("preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.json"):
+        assert (folder / name).read_bytes() == (base / name).read_bytes()
+    assert "Qwen3VLProcessor" in (folder / "preprocessor_config.json").read_text()
+    assert len(AutoTokenizer.from_pretrained(folder)) > 700
+    assert Qwen2VLImageProcessorPil.from_pretrained(folder).patch_size == 16
+    # The checkpoint's folder is itself a model to train on.
+    assert hub.find(str(folder)).family == "qwen3_vl"
+
+
+@pytest.mark.parametrize("vision", ["true", "false"])
+@pytest.mark.parametrize("merger", ["true", "false"])
+def test_peft_loads_a_lora_checkpoint_as_it_is(settings: Any, vision: str, merger: str) -> None:
+    from peft import PeftModel
+
+    run = train.train(
+        settings(
+            "model.tune=lora", f"model.train_vision={vision}", f"model.train_merger={merger}", "train.lr=1e-2"
+        )
+    )
+    folder = evaluate.chosen_checkpoint(run)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "tiny-qwen3-vl"
+    assert not (folder / "README.md").exists()
+    seed = settings().train.seed
+    plain = model.build(hub.find("tiny-qwen3-vl"), seed=seed)
+    before = logits(plain, run)
+    theirs = logits(PeftModel.from_pretrained(plain, folder), run)
+    from surgvqa.prepare import prepare
+
+    ours = logits(prepare(recipe.load(run / "recipe.yaml")).network(folder), run)
+    assert not torch.allclose(before, ours, rtol=1e-3)
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
+
+
+def test_a_pattern_inside_a_module_that_trains_whole_is_refused(settings: Any) -> None:
+    with pytest.raises(BadInput, match=r"which model.train_vision or model.train_merger trains whole"):
+        train.train(settings("model.tune=lora", "model.lora.modules=[q_proj, visual.blocks.*.attn.qkv]"))
+
+
+def test_prompts_are_checked_with_the_data(settings: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(BadInput, match=r"prompt.system: holds the special token <\|im_end\|>"):
+        train.train(settings("prompt.system='Be <|im_end|> brief'"))
+    train.train(settings("prompt.instructions={yesno: 'Yes or no.'}", "train.max_steps=1"))
+    assert "prompt.instructions: no question has the type yesno; the data has colour, count" in caplog.text

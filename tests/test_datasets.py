@@ -593,3 +593,15 @@ def test_recipe_loads(file: Path) -> None:
         from surgvqa.datasets.kvasir_vqa import QUESTION_TYPES
 
         assert set(loaded.prompt.instructions) == set(QUESTION_TYPES.values())
+
+
+def test_a_key_or_column_given_twice_is_a_problem(folder: Path) -> None:
+    (folder / "a.png").write_bytes(PIXEL)
+    lines = folder / "twice.jsonl"
+    lines.write_text('{"image": "a.png", "question": "Q", "answer": "a", "answer": "b"}\n')
+    table = folder / "twice.csv"
+    table.write_text("image,question,answer,answer\na.png,Q,a,b\n")
+    for file, said in ((lines, "key 'answer' is given twice"), (table, "columns answer more than once")):
+        data = load(file.suffix[1:], str(file), by="image")
+        assert not data.examples
+        assert [said in str(problem) for problem in data.problems] == [True]

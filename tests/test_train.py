@@ -262,3 +262,43 @@ def test_prompts_are_checked_with_the_data(settings: Any, caplog: pytest.LogCapt
         train.train(settings("prompt.system='Be <|im_end|> brief'"))
     train.train(settings("prompt.instructions={yesno: 'Yes or no.'}", "train.max_steps=1"))
     assert "prompt.instructions: no question has the type yesno; the data has colour, count" in caplog.text
+
+
+def test_the_banner_of_the_full_resolution_recipe(tmp_path: Path) -> None:
+    """41,079 training questions, 16 per step, 3 epochs."""
+    from conftest import noise_image
+
+    from surgvqa import processes
+    from surgvqa.banner import banner
+    from surgvqa.prepare import prepare
+
+    for number in range(7):
+        noise_image(2000 + number, 1500, number).save(tmp_path / f"{number}.jpg")
+    rows = (
+        {
+            "image": f"{i % 7}.jpg",
+            "question": f"How many in {i % 20}?",
+            "answer": str(i % 3),
+            "split": "train",
+        }
+        for i in range(41_079)
+    )
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = recipe.load(
+        Path(__file__).parents[1] / "recipes/qwen3_fullres.yaml",
+        ["model.name=tiny-qwen3-vl", "data.format=jsonl", f"data.path={tmp_path / 'q.jsonl'}",
+         "data.split={by: official}", "eval.every=null"],
+    )  # fmt: skip
+    prepared = prepare(chosen)
+    questions = prepared.questions("train")
+    plan = prepared.plan(questions)
+    accelerator = processes.start()
+    compute = processes.compute("fp32", "auto", accelerator.device)
+    total = chosen.train.epochs * plan.steps_per_epoch
+    lines = list(banner(prepared, questions, plan, prepared.network(), accelerator, compute, total, 0))
+    assert "steps       2,568 per epoch, 7,704 in all" in lines
+    assert "batch       16 questions per step, at most 8 per image" in "\n".join(lines)
+    canvas = next(line for line in lines if line.startswith("canvas"))
+    assert "(limit 2900)" in canvas
+    tokens = [c.tokens(32) for c in prepared.canvases.values()]
+    assert 2700 < min(tokens) <= max(tokens) <= 2900

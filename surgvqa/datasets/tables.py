@@ -272,7 +272,7 @@ def _jsonl_rows(file: Path) -> Iterator[Row | Problem]:
                 continue
             place = f"{file}:{number}"
             try:
-                fields = json.loads(line.decode())
+                fields = json.loads(line.decode(), object_pairs_hook=_object)
             except UnicodeDecodeError:
                 yield Problem(place, "is not UTF-8 text")
             except json.JSONDecodeError as error:
@@ -286,6 +286,15 @@ def _jsonl_rows(file: Path) -> Iterator[Row | Problem]:
                     yield Problem(
                         place, f"is {_kind(fields)}; a line must be an object with image, question, answer"
                     )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice, of which one would be lost."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return fields
 
 
 def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer")) -> Iterator[Row | Problem]:
@@ -316,6 +325,9 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
                     yield Problem(
                         place, f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}"
                     )
+                    return
+                if twice := sorted({name for name in columns if header.count(name) > 1}):
+                    yield Problem(place, f"has the columns {', '.join(twice)} more than once")
                     return
             elif values:
                 number += 1

@@ -216,6 +216,8 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
             compute=compute,
             console=console,
         )
+    elif settings.eval.final:
+        console.print(f"not evaluated: the {settings.eval.final} part holds no questions")
     console.print(f"run folder: {run}", soft_wrap=True)
     return run
 

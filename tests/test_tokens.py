@@ -14,6 +14,7 @@ from PIL import Image
 
 from surgvqa import hub
 from surgvqa.datasets import Example, ImageRef
+from surgvqa.letterbox import plan_canvas
 from surgvqa.recipe import BadInput
 from surgvqa.tokens import ChatTokens
 
@@ -197,3 +198,41 @@ def test_positions_and_ids_are_plain_tensors_of_the_right_kind(chat: ChatTokens)
     root = chat.root([(2, 2)])
     assert root.positions.shape == (3, len(root.ids))
     assert torch.from_numpy(root.positions).max() + 1 == root.next_position
+
+
+def test_golden_image_token_counts(golden: Any) -> None:
+    """Native canvases have the tokens that Qwen's own resizing gives, where that does not scale up."""
+    for entry in golden["image_tokens"]:
+        factor = entry["patch_size"] * entry["merge_size"]
+        least = entry.get("min_pixels") or entry["shortest_edge"]
+        most = (entry.get("max_pixels") or entry["longest_edge"]) // factor**2
+        for case in entry["cases"]:
+            size = case["width"], case["height"]
+            if round(size[0] / factor) * round(size[1] / factor) * factor**2 >= least:
+                canvas = plan_canvas(size, mode="native", size=None, max_tokens=most, factor=factor)
+                assert canvas.tokens(factor) == case["tokens"], case
+    grid = next(entry for entry in golden["image_grid"] if entry["model"] == "Qwen3-VL-4B")
+    size = grid["image"]["width"], grid["image"]["height"]
+    canvas = plan_canvas(size, mode="native", size=None, max_tokens=16384, factor=32)
+    assert (canvas.width, canvas.height) == (grid["resized"]["width"], grid["resized"]["height"])
+    assert [1, *canvas.grid(16)] == grid["image_grid_thw"][0]
+
+
+@pytest.mark.parametrize("name", REAL.values())
+def test_show_works_on_real_frames_with_a_real_folder_without_weights(
+    shared: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from surgvqa import cli
+
+    recipe = Path(__file__).parents[1] / "recipes/exp1_768.yaml"
+    words = [
+        f"model.name={shared / 'qwen' / name}",
+        "data.format=jsonl",
+        f"data.path={shared / 'real_frames.jsonl'}",
+    ]
+    assert cli.main(["show", str(recipe), *words, "--out", str(tmp_path)]) == 0
+    side, tokens = {REAL["qwen2"]: (756, 729), REAL["qwen3"]: (768, 576)}[name]
+    assert Image.open(tmp_path / "canvas-0.png").size == (side, side)
+    page = (tmp_path / "tree.html").read_text(encoding="utf-8")
+    assert page.count("<small>151655 @ ") == tokens
+    assert f"<|image_pad|>×{tokens}" in capsys.readouterr().out

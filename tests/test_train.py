@@ -302,3 +302,60 @@ def test_the_banner_of_the_full_resolution_recipe(tmp_path: Path) -> None:
     assert "(limit 2900)" in canvas
     tokens = [c.tokens(32) for c in prepared.canvases.values()]
     assert 2700 < min(tokens) <= max(tokens) <= 2900
+
+
+def as_parquet(source: Path, target: Path) -> list[str]:
+    """The same rows with the images' bytes inside."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for row in rows:
+        row["image"] = {"bytes": (source.parent / row["image"]).read_bytes(), "path": row["image"]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), target / "q.parquet")
+    return ["data.format=parquet", f"data.path={target / 'q.parquet'}"]
+
+
+def as_kvasir(source: Path, target: Path) -> list[str]:
+    """Kvasir-VQA's columns and file, with its own question strings."""
+    import pyarrow
+    import pyarrow.parquet
+
+    asked = ["Have all polyps been removed?", "How many findings are present?"]
+    rows = [
+        {"image": {"bytes": file.read_bytes(), "path": None}, "source": "x", "question": question,
+         "answer": str(number % 2), "img_id": file.stem}
+        for number, file in enumerate(sorted(source.parent.glob("*.png")))
+        for question in asked
+    ]  # fmt: skip
+    (target / "data").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), target / "data/raw-00000-of-00001.parquet")
+    return ["data.format=kvasir_vqa", f"data.path={target}", "data.split={by: image, val: 0.3, test: 0.3}"]
+
+
+def as_endovis(source: Path, target: Path) -> list[str]:
+    images = sorted(source.parent.glob("*.png"))
+    for sequence, image in zip((1, 2, 3, 4, 5, 16), images, strict=False):
+        folder = target / f"seq_{sequence}"
+        (folder / "left_frames").mkdir(parents=True)
+        (folder / "vqa/Classification").mkdir(parents=True)
+        (folder / "left_frames/frame000.png").write_bytes(image.read_bytes())
+        (folder / "vqa/Classification/frame000_QA.txt").write_text(
+            "what organ is being operated?|kidney\nwhat is the state of prograsp_forceps?|Idle\n"
+        )
+    return ["data.format=endovis18_vqa", f"data.path={target}"]
+
+
+@pytest.mark.parametrize("write", [as_parquet, as_kvasir, as_endovis])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_format_trains_and_evaluates(settings: Any, tmp_path: Path, write: Any, workers: int) -> None:
+    target = tmp_path / "other"
+    target.mkdir()
+    source = Path(settings().data.path)
+    run = train.train(
+        settings(*write(source, target), f"data.workers={workers}", "eval.final=test",
+                 "eval.max_new_tokens=3",
+                 "batch.questions=4")
+    )  # fmt: skip
+    assert len(first_losses(run)) == 4
+    assert json.loads((run / "scores.json").read_text())["overall"]["n"] > 0

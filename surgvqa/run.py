@@ -116,10 +116,9 @@ class Records:
                 name: self.stack.enter_context((self.run / name).open("a", encoding="utf-8"))
                 for name in names
             }
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
+            columns = (  # within 80 characters, or the last ones are cut
                 MofNCompleteColumn(),
+                BarColumn(bar_width=8),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
             )
@@ -140,10 +139,11 @@ class Records:
         for key in row.keys() - {"step", "epoch"}:
             self.board.add_scalar(f"train/{key}", row[key], row["step"])
         numbers = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['questions_per_s']:.1f} questions/s  "
+            f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['questions_per_s']:.1f} questions/s  "
             f"{row['tokens'] / row['seconds']:,.0f} tokens/s"
         )
-        self.progress.update(self.task, completed=row["step"], numbers=numbers)
+        short = numbers.replace("questions/s", "q/s").replace("tokens/s", "tok/s")
+        self.progress.update(self.task, completed=row["step"], numbers=short)
         # A log file gets a line now and then where a terminal gets a bar.
         regular = row["step"] % max(1, self.total // 25) == 0
         if not self.console.is_terminal and (regular or row["step"] in (self.start + 1, self.total)):

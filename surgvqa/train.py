@@ -306,7 +306,7 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad recipe or data, 5 gradients not finite."""
+    """Exit codes: 0 done, 2 bad recipe or data, 5 gradients not finite, 130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(
         "surgvqa train", description="Train a recipe; the same command again resumes a run that was stopped."
     )
@@ -330,6 +330,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NumericFailure as error:
         log.error("%s", error)
         return error.exit_code
+    except KeyboardInterrupt:
+        log.error("stopped; the same command goes on from the last checkpoint")
+        return 130
     return 0
 
 

@@ -115,8 +115,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
     with monkeypatch.context() as patch:
         patch.setattr(runs_folder.Records, "step", stop_at_8)
-        with pytest.raises(KeyboardInterrupt):
-            runs.here(f"stopped-{name}", *changes)
+        assert train.main([str(runs.recipe), *runs._words(f"stopped-{name}", *changes)]) == 130
     stopped = runs.here(f"stopped-{name}", *changes)
     assert trace(stopped) == whole
     assert [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").open()] == list(range(1, 10))

@@ -24,6 +24,9 @@ from surgvqa.recipe import Part, Recipe
 
 PARTS: tuple[Part, ...] = get_args(Part)
 
+_ALIKE = 20
+"""So many rows with the same problem are listed one by one."""
+
 _SHOWN = 5
 """How many of a long list a message names."""
 
@@ -52,7 +55,7 @@ def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) 
     """Instructions for types that the data does not have, and prompts that would break conversations."""
     types = {example.question_type for example in dataset.examples}
     unused = sorted(recipe.prompt.instructions.keys() - types)
-    if unused:
+    if unused and types:
         what = f"no question has the type {_some(unused)}; the data has {', '.join(sorted(types))}"
         yield Problem("prompt.instructions", what, warning=True)
     texts = {f"prompt.instructions.{kind}": text for kind, text in recipe.prompt.instructions.items()}
@@ -136,7 +139,11 @@ def audit(
 def report(problems: Iterable[Problem]) -> str:
     """The problems as text: errors first, each on one line, and a last line with how many there are."""
     ordered = sorted(problems, key=lambda problem: problem.warning)
-    lines = [f"{'warning' if problem.warning else 'error'}: {_one_line(str(problem))}" for problem in ordered]
+    lines = [
+        f"{kind}: {line}"
+        for kind, is_warning in (("error", False), ("warning", True))
+        for line in condensed(problem for problem in ordered if problem.warning == is_warning)
+    ]
     warnings = sum(problem.warning for problem in ordered)
     counts = f"{_count(len(ordered) - warnings, 'error')}, {_count(warnings, 'warning')}"
     return "\n".join([*lines, counts])
@@ -145,6 +152,22 @@ def report(problems: Iterable[Problem]) -> str:
 def _cores() -> int:
     """The cores that this process may use: under SLURM a few of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def condensed(problems: Iterable[Problem]) -> list[str]:
+    """Problems as lines; of over 20 rows with the same one, the first, the last and how many there are."""
+    alike: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        alike[problem.what].append(problem)
+    lines = []
+    for what, same in alike.items():
+        if len(same) > _ALIKE:
+            lines.append(
+                f"{same[0].place}: {what} (and {len(same) - 1} more rows, the last at {same[-1].place})"
+            )
+        else:
+            lines += map(str, same)
+    return [_one_line(line) for line in lines]
 
 
 def _broken(key: str, why: str, examples: Sequence[Example]) -> Problem:
@@ -164,7 +187,7 @@ def _special(dataset: Dataset, tokens: Collection[str]) -> Iterator[Problem]:
 
 
 def _parts(dataset: Dataset) -> Iterator[Problem]:
-    for part in PARTS:
+    for part in PARTS if dataset.examples else ():  # without any the reasons have been told
         if not dataset.part(part):
             yield Problem(part, "holds no questions", warning=part != "train")
 

@@ -13,7 +13,9 @@ from surgvqa.recipe import BadInput
 
 def check(argv: Sequence[str]) -> int:
     """Read recipes and their data and list everything that is wrong; imports no torch."""
-    parser = argparse.ArgumentParser("surgvqa check", description=check.__doc__)
+    parser = argparse.ArgumentParser(
+        "surgvqa check", description=check.__doc__, usage="surgvqa check [-h] RECIPE ... [key=value ...]"
+    )
     parser.add_argument(
         "recipes", nargs="+", metavar="RECIPE", help="recipe files; key=value overrides may follow"
     )
@@ -76,11 +78,11 @@ def evaluate(argv: Sequence[str]) -> int:
 def show(argv: Sequence[str]) -> int:
     """Show what the model sees of an image and its questions: canvas, tokens, positions, labels."""
     parser = argparse.ArgumentParser("surgvqa show", description=show.__doc__)
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", type=Path, help="recipe file, e.g. recipes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument("--index", type=int, default=0, help="which image of the part, from 0")
-    parser.add_argument("--split", choices=["train", "val", "test"], default="train")
-    parser.add_argument("--out", type=Path, default=Path("show"), help="folder to write into")
+    parser.add_argument("--index", type=int, default=0, help="which image of the part, from 0 (default: 0)")
+    parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="(default: train)")
+    parser.add_argument("--out", type=Path, default=Path("show"), help="folder to write into (default: show)")
     given = parser.parse_intermixed_args(argv)
     from rich.console import Console
 

@@ -115,13 +115,16 @@ def examine(
         result["overrides"] = list(overrides)
     if accelerator.is_main_process:
         lines = (json.dumps(prediction.row(), ensure_ascii=False) + "\n" for prediction in predictions)
-        checkpoint.write_text(run / "predictions.jsonl", "".join(lines))
-        checkpoint.write_json(run / "scores.json", result)
-        _show(result, run, console)
+        # What the run is judged by keeps its names; another part has its own beside them.
+        other = "" if part == (prepared.recipe.eval.final or "test") else f".{part}"
+        files = run / f"predictions{other}.jsonl", run / f"scores{other}.json"
+        checkpoint.write_text(files[0], "".join(lines))
+        checkpoint.write_json(files[1], result)
+        _show(result, files, console)
     return result
 
 
-def _show(result: Mapping[str, Any], run: Path, console: Console) -> None:
+def _show(result: Mapping[str, Any], files: tuple[Path, Path], console: Console) -> None:
     table = Table(title=f"exact match on {result['split']}, and the prior: each question's majority answer")
     table.add_column("question type")
     for heading in ("questions", "exact %", "prior %"):
@@ -129,7 +132,7 @@ def _show(result: Mapping[str, Any], run: Path, console: Console) -> None:
     for row in metrics.table(result):
         table.add_row(*row)
     console.print(table)
-    console.print(f"written: {run / 'predictions.jsonl'}, {run / 'scores.json'}", soft_wrap=True)
+    console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
 
 
 def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -141,11 +144,12 @@ def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ())
     accelerator = processes.start()
     folder = main_first(accelerator, lambda: chosen_checkpoint(run))
     settings = recipe.load(folder / "recipe.yaml", overrides)
+    processes.check_device(accelerator.device, settings.model.name)
     compute = processes.compute(settings.train.precision, settings.model.attn, accelerator.device)
     prepared = prepare(settings, accelerator, progress=accelerator.is_main_process)
     part = part or settings.eval.final or "test"
     if not prepared.dataset.part(part):
-        raise BadInput(f"{run}: the data has no {part} part to evaluate")
+        raise BadInput(f"{run}: the data has no {part} part to evaluate; choose another with --split")
     prepared.plan(prepared.questions(part))  # finds what cannot fit before the model loads
     network = prepared.network(folder).to(accelerator.device)
     result = examine(

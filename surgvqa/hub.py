@@ -174,7 +174,8 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise BadInput(
             f"{name}{at}: not in the local cache and could not be fetched ({str(error).splitlines()[0]}). "
-            "On a node without internet, download it beforehand where there is one, into the same HF_HOME"
+            f"Where there is no connection: fetch it on a machine that has one, with `hf download {name}` "
+            "into the same HF_HOME, or give a local folder as model.name"
         ) from None
 
 

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from surgvqa import datasets, hub, letterbox, model
-from surgvqa.audit import Audit, load, load_and_audit
+from surgvqa.audit import Audit, condensed, load, load_and_audit
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
 from surgvqa.processes import main_first
@@ -127,32 +127,38 @@ def prepare(recipe: Recipe, accelerator: Accelerator | None = None, *, progress:
     Images are decoded by the main process alone, which tells the others. Raises BadInput with all errors
     of data and model folder.
     """
-    image, lora = recipe.image, recipe.model
-    # The main process fetches; then each finds the folder on its own node.
-    main_first(accelerator, lambda: hub.find(recipe.model.name, recipe.model.revision) and None)
-    folder = hub.find(recipe.model.name, recipe.model.revision)
+    image, settings = recipe.image, recipe.model
     loaded = []
 
-    def read_and_audit() -> Audit:
-        dataset, found = load_and_audit(recipe, folder.special_tokens, progress=progress)
-        loaded.append(dataset)
-        return found
-
-    found = main_first(accelerator, read_and_audit)
-    dataset = loaded[0] if loaded else load(recipe)
-    errors = [str(problem) for problem in found.problems if not problem.warning]
-    if lora.tune == "lora":
+    def examine() -> Audit:
+        """Everything at once: what is wrong with the data is not hidden behind a model that is not there."""
+        errors, special_tokens, found = [], frozenset[str](), None
         try:
-            model.lora_targets(
-                model.skeleton(folder),
-                lora.lora.modules,
-                train_vision=lora.train_vision,
-                train_merger=lora.train_merger,
-            )
+            folder = hub.find(recipe.model.name, recipe.model.revision)
+            special_tokens = folder.special_tokens
+            if settings.tune == "lora":
+                model.lora_targets(
+                    model.skeleton(folder),
+                    settings.lora.modules,
+                    train_vision=settings.train_vision,
+                    train_merger=settings.train_merger,
+                )
         except BadInput as error:
             errors += error.problems
-    if errors:
-        raise BadInput(errors)
+        try:
+            dataset, found = load_and_audit(recipe, special_tokens, progress=progress)
+            loaded.append(dataset)
+            errors += condensed(problem for problem in found.problems if not problem.warning)
+        except BadInput as error:
+            errors += error.problems
+        if errors or found is None:
+            raise BadInput(errors)
+        return found
+
+    found = main_first(accelerator, examine)
+    # The main process fetched the model's files; each process finds them on its own node.
+    folder = hub.find(recipe.model.name, recipe.model.revision)
+    dataset = loaded[0] if loaded else load(recipe)
     chat = ChatTokens(folder, system=recipe.prompt.system, instructions=recipe.prompt.instructions)
     canvases = {
         key: letterbox.plan_canvas(

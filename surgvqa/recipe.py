@@ -272,7 +272,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read as a recipe: {error}") from None
+        if "=" in str(path):
+            raise BadInput(f"{path}: is not a recipe; the recipe's file comes before key=value") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise BadInput(f"{path}: cannot be read as a recipe: {reason}") from None
     return parse(text, overrides, where=str(path))
 
 
@@ -284,14 +287,19 @@ def parse(text: str, overrides: Iterable[str] = (), where: str = "recipe") -> Re
         raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise BadInput(f"{where}: a recipe is a set of keys (model, data, image, ...), not {_shown(tree)}")
+    overrides = list(overrides)
     problems = [f"{where}: {problem}" for override in overrides for problem in _override(tree, override)]
-    recipe = None
+    recipe, found = None, []
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems += [f"{where}: {_problem(detail)}" for detail in error.errors()]
+        found = [_problem(detail) for detail in error.errors()]
     if recipe is not None:
-        problems += [f"{where}: {contradiction}" for contradiction in _contradictions(recipe)]
+        found = _contradictions(recipe)
+    for problem in found:
+        key = problem.partition(":")[0]
+        given = [o for o in overrides if f"{o.partition('=')[0]}.".startswith(f"{key}.")]
+        problems.append(f"{where}{f' with {given[-1]}' if given else ''}: {problem}")
     if recipe is None or problems:
         raise BadInput(problems)
     return recipe

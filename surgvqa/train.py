@@ -63,7 +63,7 @@ def train(settings: Recipe, *, fresh: bool = False) -> Path:
     Raises BadInput before the model loads for anything that a person must mend, NumericFailure where
     gradients stay non-finite.
     """
-    accelerator = processes.start()
+    accelerator = processes.start(settings.model.name)
     run = _train(settings, fresh, accelerator)
     processes.stop(accelerator)
     return run
@@ -246,12 +246,12 @@ def _jobs(plan: Plan, start: int, total: int, rank: int, world: int) -> Iterator
 
 
 def _validation(prepared: Prepared) -> Any:
-    """The questions to evaluate on during training. Raises BadInput where there are none or too long ones."""
+    """The questions to evaluate on during training. Raises BadInput where there are none or too long."""
     settings = prepared.recipe.eval
     if not prepared.dataset.part(settings.split):
         raise BadInput(
             f"eval.every: the {settings.split} part holds no questions to evaluate on; "
-            "set eval.every: null, or data.split"
+            "set eval.every: null, or data.split.by to image or group with enough in data.split.val"
         )
     questions = prepared.questions(settings.split, settings.questions)
     prepared.plan(questions)
@@ -331,7 +331,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return error.exit_code
     except KeyboardInterrupt:
-        log.error("stopped; the same command goes on from the last checkpoint")
+        last = checkpoint.newest(Path(settings.output) / "checkpoints")[0]
+        log.error(
+            "stopped; the same command goes on from %s", last or "the start: no checkpoint was saved yet"
+        )
         return 130
     return 0
 

@@ -196,3 +196,50 @@ def test_problems_are_listed_once_by_several_processes(recipe: Path) -> None:
     assert len([line for line in lines if line.startswith("[rank 1]")]) == 1
     assert len(lines) > 3
     assert len(set(lines)) == len(lines)
+
+
+def test_many_rows_with_the_same_fault_are_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = recipe.parent / "data" / "questions.jsonl"
+    data.write_text(data.read_text().replace('"answer"', '"anwser"'))
+    rows = len(data.read_text().splitlines())
+    assert rows > 20
+    said = fails(recipe, capsys, command="check")
+    assert (
+        f"questions.jsonl:1: answer is missing (and {rows - 1} more rows, the last at {data}:{rows})" in said
+    )
+    assert said.count("answer is missing") == 1
+    assert "holds no questions" not in said
+
+
+def test_a_missing_model_does_not_hide_what_is_wrong_with_the_data(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (recipe.parent / "data" / "2.png").unlink()
+    said = fails(recipe, capsys, "model.name=somebody/no-such-model")
+    assert "`hf download somebody/no-such-model`" in said
+    assert "2.png" in said
+
+
+def test_a_real_model_does_not_train_on_the_cpu_by_mistake(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    said = fails(recipe, capsys, "model.name=Qwen/Qwen2-VL-7B-Instruct")
+    assert "no GPU that CUDA can use, and Qwen/Qwen2-VL-7B-Instruct would take weeks on the CPU" in said
+
+
+def test_another_part_has_files_of_its_own(recipe: Path) -> None:
+    assert cli.main(["train", str(recipe), "eval.max_new_tokens=2"]) == 0
+    run = recipe.parent / "run"
+    before = (run / "scores.json").read_text()
+    assert cli.main(["evaluate", str(run), "--split", "train"]) == 0
+    assert (run / "scores.json").read_text() == before
+    scores = json.loads((run / "scores.train.json").read_text())
+    assert scores["split"] == "train"
+    assert scores["overall"]["n"] == len((run / "predictions.train.jsonl").read_text().splitlines())
+
+
+def test_key_value_before_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "train.lr=1e-4"]) == 2
+    assert "the recipe's file comes before key=value" in capsys.readouterr().err

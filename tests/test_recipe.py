@@ -130,7 +130,7 @@ def test_overrides_reach_any_key() -> None:
     assert changed.batch.questions == 32
     assert changed.model.lora.modules == ["q_proj"]
     assert problems(GOOD, "train.epoch=3") == [
-        'recipes/x.yaml: train.epoch: unknown key, did you mean "epochs"?'
+        'recipes/x.yaml with train.epoch=3: train.epoch: unknown key, did you mean "epochs"?'
     ]
 
 

@@ -59,8 +59,9 @@ def clear(run: Path) -> None:
     """Remove what a former run left, and nothing else."""
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("recipe.yaml", *RECORDS, "predictions.jsonl", "scores.json"):
-        (run / name).unlink(missing_ok=True)
+    for name in ("recipe.yaml", *RECORDS, "predictions*.jsonl", "scores*.json"):
+        for file in run.glob(name):
+            file.unlink()
 
 
 def resumable(run: Path, settings: Recipe, fingerprint: str) -> Resume | None:

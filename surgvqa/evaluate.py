@@ -88,6 +88,7 @@ def examine(
     network: Any,
     prepared: Prepared,
     part: Part,
+    questions: Questions,
     folder: Path,
     *,
     run: Path,
@@ -96,11 +97,10 @@ def examine(
     console: Console,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Answer a whole part with the model of the checkpoint `folder`; write and print what came of it.
+    """Answer a part's questions with the model of the checkpoint `folder`; write and print what came of it.
 
     `overrides` are recipe keys that were changed for it, which the scores record.
     """
-    questions = prepared.questions(part)
     with _bar(console, f"evaluating {part}", len(questions)) as advance:
         predictions = predict(
             network,
@@ -150,12 +150,14 @@ def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ())
     part = part or settings.eval.final or "test"
     if not prepared.dataset.part(part):
         raise BadInput(f"{run}: the data has no {part} part to evaluate; choose another with --split")
-    prepared.plan(prepared.questions(part))  # finds what cannot fit before the model loads
+    questions = prepared.questions(part)
+    prepared.plan(questions)  # finds what cannot fit before the model loads
     network = prepared.network(folder).to(accelerator.device)
     result = examine(
         network,
         prepared,
         part,
+        questions,
         folder,
         run=run,
         accelerator=accelerator,

@@ -1,7 +1,7 @@
 """Model folders: a hub id, a local folder or a tiny model's name → a checked folder on disk.
 
     name, revision ── find ──▶ Folder(path, family, patch, merge, ...)   small files only, no weights
-    Folder ── with_weights ──▶ Folder                                     and its safetensors
+    Folder ── with_weights ──▶ path                                       with its safetensors
 
 Only safetensors and JSON are ever read; code in a model folder is never run.
 """

@@ -143,7 +143,11 @@ class ChatTokens:
         return f"{example.question}\n{instruction}" if instruction else example.question
 
     def branches(self, examples: Sequence[Example]) -> list[Branch]:
-        """One branch for each example, answering `answers[0]`. Raises BadInput listing every bad example."""
+        """One branch for each example, answering `answers[0]`.
+
+        Raises BadInput listing every example that holds a special token, or naming the first that cannot
+        be cut from its conversation.
+        """
         questions = [self.question_text(example) for example in examples]
         answers = [example.answers[0].strip() for example in examples]
         problems = [

@@ -81,9 +81,10 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
     questions = prepared.questions("train")
     plan = prepared.plan(questions)
     validation = _validation(prepared) if settings.eval.every else None
-    final = settings.eval.final if prepared.dataset.part(settings.eval.final or "test") else None
-    if final:
-        prepared.plan(prepared.questions(final))
+    final = None
+    if settings.eval.final and prepared.dataset.part(settings.eval.final):
+        final = prepared.questions(settings.eval.final)
+        prepared.plan(final)
     total = settings.train.max_steps or settings.train.epochs * plan.steps_per_epoch
     if main:
         for warning in prepared.warnings:
@@ -118,7 +119,7 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
             state = {"step": step, "data": fingerprint, "score": score, "skipped": skipped}
             checkpoint.write_json(folder / checkpoint.STATE, state)
 
-    skipped = resume.skipped if resume else 0
+    skipped, prior = resume.skipped if resume else 0, prepared.prior()
     evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
     workers = processes.data_workers(settings.data.workers, device)
     micro_batches = iter(
@@ -190,7 +191,7 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
                 answers = evaluate.predict(
                     network, prepared, validation, accelerator=accelerator, compute=compute
                 )
-                result = metrics.scores(answers, prepared.prior())["overall"]
+                result = metrics.scores(answers, prior)["overall"]
                 records.evaluation(step, settings.eval.split, result)
                 score = result[settings.eval.metric] if settings.eval.keep_best else None
             improved = score is not None and score > best
@@ -198,7 +199,7 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
             if improved or step == total or step % (settings.checkpoint.every or total) == 0:
                 main_first(accelerator, lambda done=step, score=score: save(done, score))  # type: ignore[misc]
 
-    if final:
+    if final and settings.eval.final:
         folder = main_first(accelerator, lambda: evaluate.chosen_checkpoint(run))
         if folder.name != checkpoint.folder_name(total):
             # Let go of the trained model first: two may not fit on the device.
@@ -209,6 +210,7 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
         evaluate.examine(
             network,
             prepared,
+            settings.eval.final,
             final,
             folder,
             run=run,

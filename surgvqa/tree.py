@@ -12,7 +12,7 @@ Segments lie in depth-first order, so one number per token says it all, for any 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
@@ -78,21 +78,17 @@ class Pack:
         return self.ids.shape[1]
 
     def to(self, device: torch.device) -> Pack:
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in fields(self)
-            if field.name != "spans"
-        }
-        return replace(self, **moved)
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Pack:
         """Called by the DataLoader where a copy to a GPU will follow."""
-        pinned = {
-            field.name: getattr(self, field.name).pin_memory()
-            for field in fields(self)
-            if field.name != "spans"
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Pack:
+        changed: dict[str, Any] = {
+            field.name: change(getattr(self, field.name)) for field in fields(self) if field.name != "spans"
         }
-        return replace(self, **pinned)
+        return replace(self, **changed)
 
     def mask(self) -> Tensor:
         """(tokens, tokens) true where row sees column: the reference for every attention path."""

@@ -169,6 +169,14 @@ def test_no_validation_questions_is_an_error(settings: Any) -> None:
         )
 
 
+def test_an_empty_final_part_is_said_at_the_end(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train.train(
+        settings("train.max_steps=1", "eval.final=test", "data.split={by: image, val: 0.2, test: 0.0}")
+    )
+    assert "not evaluated: the test part holds no questions" in capsys.readouterr().out
+    assert not (run / "scores.json").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_goes_away_during_training_is_named(settings: Any, workers: int) -> None:
     from surgvqa.prepare import prepare

@@ -1,0 +1,1 @@
+"""Speed and what it costs, measured side by side in one run; docs/benchmarks.md tells what came out."""

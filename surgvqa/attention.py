@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
-from surgvqa.tree import Pack
+from surgvqa.tree import BLOCK, Pack
 
 NAME = "surgvqa_tree"
 
@@ -33,10 +33,10 @@ def layout(pack: Pack) -> Layout:
     """What the SDPA kernel needs to know of a pack, made once for all layers."""
     trees: list[tuple[int, int, int, Tensor | None]] = []
     for start, root_end, end in pack.spans:
-        until = pack.visible_until[start:end]
-        if bool((until == end).all()):
-            trees.append((start, root_end, end, None))
+        if root_end == end:
+            trees.append((start, end, end, None))
             continue
+        until = pack.visible_until[start:end]
         row = torch.arange(root_end, end, device=until.device)[:, None]
         column = torch.arange(start, end, device=until.device)[None, :]
         trees.append((start, root_end, end, (column <= row) & (row < until[None, :])))
@@ -44,14 +44,24 @@ def layout(pack: Pack) -> Layout:
 
 
 def block_mask(pack: Pack) -> BlockMask:
-    """What FlexAttention needs to know of a pack; compiled on the GPU, where no dense mask is made."""
+    """What FlexAttention needs to know of a pack, from `pack.blocks`: no dense mask is made."""
     until = pack.visible_until
 
     def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (row < until[column])
 
-    return create_block_mask(
-        visible, None, None, pack.tokens, pack.tokens, device=until.device, _compile=until.is_cuda
+    def tiles(kind: int) -> tuple[Tensor, Tensor]:
+        """How many tiles of a kind each row of tiles has (1, 1, rows), and which (1, 1, rows, columns)."""
+        of_kind = (pack.blocks == kind).to(torch.int32)
+        first = of_kind.argsort(dim=1, descending=True, stable=True).to(torch.int32)
+        return of_kind.sum(1, dtype=torch.int32)[None, None], first[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *tiles(1),
+        *tiles(2),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(pack.tokens, pack.tokens),
     )
 
 
@@ -77,7 +87,6 @@ def tree_attention(
     *,
     scaling: float,
     layout: Layout | None = None,
-    dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """(1, heads, tokens, width) queries over (1, key heads, …) keys → ((1, tokens, heads, width), None)."""
@@ -87,36 +96,33 @@ def tree_attention(
         kernel = _compiled_flex() if query.is_cuda else flex_attention
         out = kernel(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if layout is None:
         if attention_mask is None:
             raise ValueError("tree attention needs a mask or a layout")
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
-        return out.transpose(1, 2), None
+        return _masked(query, key, value, attention_mask[0, 0], scaling).transpose(1, 2), None
     parts = []
     for start, root_end, end, mask in layout:
-        causal_end = end if mask is None else root_end
-        rows = slice(start, causal_end)
-        parts.append(
-            F.scaled_dot_product_attention(
-                query[:, :, rows], key[:, :, rows], value[:, :, rows], None, dropout, True, scale=scaling
-            )
-        )
+        rows, tree = slice(start, root_end), slice(start, end)
+        parts.append(_causal(query[:, :, rows], key[:, :, rows], value[:, :, rows], scaling))
         if mask is not None:
-            tree = slice(start, end)
-            parts.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, root_end:end],
-                    key[:, :, tree],
-                    value[:, :, tree],
-                    mask,
-                    dropout,
-                    scale=scaling,
-                )
-            )
+            branches = query[:, :, root_end:end]
+            parts.append(_masked(branches, key[:, :, tree], value[:, :, tree], mask, scaling))
     return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """`mask` (rows, columns). Heads that share keys become more rows of one head: no key is copied."""
+    _, heads, rows, width = query.shape
+    repeats = heads // key.shape[1]
+    grouped = query.reshape(1, key.shape[1], repeats * rows, width)
+    out = F.scaled_dot_product_attention(grouped, key, value, mask.repeat(repeats, 1), scale=scaling)
+    return out.reshape(1, heads, rows, width)
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from surgvqa import attention
-from surgvqa.model import base, image_features
+from surgvqa.model import base, hidden_states
 from surgvqa.tree import Pack
 
 
@@ -35,43 +34,37 @@ def greedy(
     Token for token what greedy decoding of one row per question gives.
     """
     qwen = base(model)
-    device = pack.ids.device
-    branches = len(pack.ends)
-    answers: list[list[int]] = [[] for _ in range(branches)]
+    device, tokens, branches = pack.ids.device, pack.tokens, len(pack.ends)
     stops = torch.tensor(list(stop_ids), device=device)
+    live = torch.arange(branches, device=device)
+    said = torch.full((branches, max_new_tokens), -1, device=device)
+    # Row b: which of the cached tokens branch b may look at; those to come are its own.
+    sees = torch.zeros((branches, tokens + branches * max_new_tokens), dtype=torch.bool, device=device)
+    sees[:, :tokens] = _visible_from(pack)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         cache = DynamicCache(config=qwen.config.text_config)
-        logits = qwen(
-            input_ids=pack.ids,
-            position_ids=pack.positions,
-            mm_encoder_outputs={"image": image_features(model, pack.patches, pack.grids)},
-            logits_to_keep=pack.ends,
-            past_key_values=cache,
-            use_cache=True,
-            **attention.arguments(pack, attn),
-        ).logits[0]
-        # Row b of `sees`: which of the cached tokens branch b may look at.
-        sees = _visible_from(pack)
-        live = torch.arange(branches, device=device)
-        position = pack.positions[0, 0, pack.ends] + 1
-        for _ in range(max_new_tokens):
+        logits = qwen.lm_head(hidden_states(model, pack, attn, cache)[pack.ends])
+        position = pack.positions[0, 0, pack.ends]
+        cached = tokens
+        for step in range(max_new_tokens):
             new = logits.argmax(-1)
-            going = ~torch.isin(new, stops)
-            live, new, sees, position = live[going], new[going], sees[going], position[going]
-            if not len(live):
+            going = torch.isin(new, stops, invert=True).nonzero()[:, 0]
+            if not len(going):
                 break
-            for branch, token in zip(live.tolist(), new.tolist(), strict=True):
-                answers[branch].append(token)
-            sees = torch.cat([sees, torch.eye(len(live), dtype=torch.bool, device=device)], 1)
-            logits = qwen(
-                input_ids=new[None],
-                position_ids=position.expand(3, 1, -1),
-                attention_mask=sees[None, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[0]
-            position = position + 1
-    return answers
+            live, new, position = live[going], new[going], position[going] + 1
+            said[live, step] = new
+            sees[live, cached + torch.arange(len(live), device=device)] = True
+            cached += len(live)
+            if step + 1 < max_new_tokens:
+                hidden = qwen.model.language_model(
+                    inputs_embeds=qwen.get_input_embeddings()(new)[None],
+                    position_ids=position.expand(3, 1, -1),
+                    attention_mask=sees[None, None, live, :cached],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
+                logits = qwen.lm_head(hidden[0])
+    return [[token for token in answer if token >= 0] for answer in said.tolist()]
 
 
 def _visible_from(pack: Pack) -> Tensor:

@@ -55,7 +55,7 @@ def predict(
     network.eval()
     answered: list[tuple[int, str]] = []
     workers = processes.data_workers(settings.data.workers, device)
-    for micro_batch, pack in packs(questions, jobs, asked=True, workers=workers, pin=device.type == "cuda"):
+    for micro_batch, pack in packs(questions, jobs, asked=True, workers=workers, cuda=device.type == "cuda"):
         asked = [question for tree in micro_batch for question in tree]
         answers = greedy(
             network,

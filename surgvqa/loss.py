@@ -7,10 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from surgvqa import attention
-from surgvqa.model import base, image_features
+from surgvqa.model import base, hidden_states
 from surgvqa.tree import Pack
+
+CHUNK = 256
+"""Targets whose logits are in memory at once: 256 of 152k words are 150 MiB in fp32."""
 
 
 class TreeLoss(nn.Module):
@@ -27,13 +30,17 @@ class TreeLoss(nn.Module):
         """Σ weight × cross entropy in nats over the pack's supervised tokens, in fp32; a scalar."""
         device = pack.ids.device
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            logits = base(self.model)(
-                input_ids=pack.ids,
-                position_ids=pack.positions,
-                mm_encoder_outputs={"image": image_features(self.model, pack.patches, pack.grids)},
-                logits_to_keep=pack.keep,
-                use_cache=False,
-                **attention.arguments(pack, self.attn),
-            ).logits
-        nats = F.cross_entropy(logits[0].float()[pack.pick], pack.targets, reduction="none")
-        return (nats * pack.weights).sum()
+            sources = hidden_states(self.model, pack, self.attn)[pack.keep[pack.pick]]
+            if len(sources) <= CHUNK:
+                return self._nats(sources, pack.targets, pack.weights)
+            total = torch.zeros((), device=device)
+            chunks = (torch.split(part, CHUNK) for part in (sources, pack.targets, pack.weights))
+            for chunk in zip(*chunks, strict=True):
+                # Logits are made again in the backward pass rather than kept.
+                total = total + checkpoint(self._nats, *chunk, use_reentrant=False, preserve_rng_state=False)
+            return total
+
+    def _nats(self, sources: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Σ weight × cross entropy of `targets` (targets,), predicted by `sources` (targets, width)."""
+        logits = base(self.model).lm_head(sources).float()
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()

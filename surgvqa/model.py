@@ -10,6 +10,7 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from surgvqa import attention
 from surgvqa.hub import Folder, with_weights
 from surgvqa.recipe import BadInput
+from surgvqa.tree import Pack
 
 transformers_logging.disable_progress_bar()  # ours is the only one
 
@@ -65,6 +72,8 @@ def build(
         model = _load_whole(cls, weights or with_weights(folder), folder.name, dtype)
     embed = model.model.visual.patch_embed
     embed.proj = _PatchProjection(embed.proj)
+    for index, layer in enumerate(_deepstack_layers(model)):
+        layer.register_forward_hook(partial(_add_deepstack, index), with_kwargs=True)
     model.config.text_config._attn_implementation = attention.NAME
     return model.eval()
 
@@ -249,6 +258,73 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def image_features(model: Any, patches: Tensor, grids: Tensor) -> Any:
-    """What the vision tower makes of images, in the form that `mm_encoder_outputs` takes."""
-    return base(model).model.get_image_features(patches, grids, return_dict=True)
+def hidden_states(model: Any, pack: Pack, attn: str, cache: Any = None) -> Tensor:
+    """(tokens, width) what the language model makes of each token of a pack, before `lm_head`.
+
+    `attn` is `sdpa` or `flex`; keys and values go into `cache`, a DynamicCache, if there is one. Nothing
+    here waits for the device: what the host must know, the pack knows.
+    """
+    qwen = base(model).model
+    embeds = qwen.get_input_embeddings()(pack.ids)
+    images, deepstack = image_features(model, pack.patches, pack.grids)
+
+    def at_images(into: Tensor, features: Tensor) -> Tensor:
+        return into.index_copy(1, pack.image_at, features[None].to(into.dtype))
+
+    nothing = torch.zeros_like(embeds) if deepstack else embeds
+    out = qwen.language_model(
+        inputs_embeds=at_images(embeds, images),
+        position_ids=pack.positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        deepstack=[at_images(nothing, features) for features in deepstack],
+        **attention.arguments(pack, attn),
+    )
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+def image_features(model: Any, patches: Tensor, grids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(image tokens, width) of each image, one after the other, and Qwen3-VL's deepstack features likewise.
+
+    `grids` (images, 3) lies on the host: from there transformers' helpers make what its vision tower would
+    otherwise ask the device for in every block.
+    """
+    qwen = base(model).model
+    tower, device = qwen.visual, patches.device
+    known = {
+        "position_ids": get_vision_position_ids(grids, tower.spatial_merge_size).to(
+            device, non_blocking=True
+        ),
+        "cu_seqlens": get_vision_cu_seqlens(grids),
+    }
+    if hasattr(tower, "num_grid_per_side"):
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grids,
+            tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=tower.spatial_merge_size,
+        )
+        known["interp_indices"] = indices.to(device, non_blocking=True)
+        known["interp_weights"] = weights.to(device, non_blocking=True)
+    out = qwen.get_image_features(patches, grids, return_dict=True, **known)
+    deepstack = getattr(out, "deepstack_features", None) or []
+    return torch.cat(list(out.pooler_output)), [torch.cat(list(features)) for features in deepstack]
+
+
+def _deepstack_layers(model: Any) -> list[nn.Module]:
+    """The language model's layers that add image features of the vision tower's inner blocks: Qwen3-VL's."""
+    mergers = getattr(model.model.visual, "deepstack_merger_list", ())
+    return list(model.model.language_model.layers[: len(mergers)])
+
+
+def _add_deepstack(
+    index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> Tensor:
+    """Behind a layer: its image features, as (1, tokens, width) with zeros elsewhere.
+
+    transformers adds them through a boolean mask, whose size the host would have to wait for.
+    """
+    features = kwargs.get("deepstack")
+    return out + features[index] if features else out

@@ -42,6 +42,8 @@ class Root:
     """(3, tokens): temporal, row, column."""
     next_position: int
     """Where each branch starts."""
+    image_at: Ints
+    """(image tokens,) which of the tokens are the images'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,29 +115,31 @@ class ChatTokens:
         """The shared tokens of images of `(rows, columns)` tokens each."""
         grids = list(grids)
         image_token = self.folder.special["<|image_pad|>"]
-        if len(grids) not in self._roots:
-            conversation = self.render(self._conversation(_QUESTION, images=len(grids)))
-            text, cut, _ = conversation.rpartition("<|vision_end|>")
-            self._roots[len(grids)] = self._encode([text + cut])[0]
-        short = self._roots[len(grids)]
-        repeats = np.ones(len(short), np.int64)
-        repeats[short == image_token] = [rows * columns for rows, columns in grids]
+        short = self._short_root(len(grids))
+        images = np.flatnonzero(short == image_token)
+        repeats, steps = np.ones(len(short), np.int64), np.ones(len(short), np.int64)
+        repeats[images] = [rows * columns for rows, columns in grids]
+        steps[images] = [max(grid) for grid in grids]
+        starts = np.cumsum(steps) - steps
         ids = np.repeat(short, repeats)
-        positions = np.empty((3, len(ids)), np.int32)
-        at, position = 0, 0
-        sizes = iter(grids)
-        for token in short:
-            if token == image_token:
-                rows, columns = next(sizes)
-                span = positions[:, at : at + rows * columns]
-                span[0] = position
-                span[1] = position + np.repeat(np.arange(rows), columns)
-                span[2] = position + np.tile(np.arange(columns), rows)
-                at, position = at + rows * columns, position + max(rows, columns)
-            else:
-                positions[:, at] = position
-                at, position = at + 1, position + 1
-        return Root(ids, positions, position)
+        positions = np.tile(np.repeat(starts, repeats), (3, 1)).astype(np.int32)
+        image_at = np.flatnonzero(ids == image_token).astype(np.int32)
+        if grids:
+            positions[1, image_at] += np.concatenate([np.repeat(np.arange(h), w) for h, w in grids])
+            positions[2, image_at] += np.concatenate([np.tile(np.arange(w), h) for h, w in grids])
+        return Root(ids, positions, int(steps.sum()), image_at)
+
+    def root_tokens(self, grids: Sequence[tuple[int, int]]) -> int:
+        """The length of `root(grids)`, without making it."""
+        return len(self._short_root(len(grids))) + sum(rows * columns - 1 for rows, columns in grids)
+
+    def _short_root(self, images: int) -> Ints:
+        """The shared tokens of so many images, one token for each image."""
+        if images not in self._roots:
+            conversation = self.render(self._conversation(_QUESTION, images=images))
+            text, cut, _ = conversation.rpartition("<|vision_end|>")
+            self._roots[images] = self._encode([text + cut])[0]
+        return self._roots[images]
 
     def question_text(self, example: Example) -> str:
         """The question as the model reads it: with its type's instruction on a line of its own."""

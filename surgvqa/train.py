@@ -127,7 +127,7 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
             questions,
             _jobs(plan, start, total, accelerator.process_index, world),
             workers=workers,
-            pin=device.type == "cuda",
+            cuda=device.type == "cuda",
         )
     )
     with Records(run, start, total, settings.log.trace, console) as records:

@@ -28,6 +28,9 @@ from surgvqa.letterbox import Canvas, draw, open_rgb
 from surgvqa.recipe import BadInput
 from surgvqa.tokens import Branch, ChatTokens, Root
 
+BLOCK = 128
+"""Side of the tiles in which FlexAttention skips what the mask rules out."""
+
 KEPT_BYTES = 2**30
 """Memory in which the processes of a machine, together, may keep drawn canvases."""
 
@@ -56,8 +59,12 @@ class Pack:
     """(3, 1, tokens)"""
     visible_until: Tensor
     """(tokens,): token j is visible to the tokens before `visible_until[j]`, from j on."""
+    blocks: Tensor
+    """(blocks, blocks) int8: what a BLOCK × BLOCK tile of the mask holds: nothing 0, something 1, all 2."""
     spans: tuple[tuple[int, int, int], ...]
-    """(start, end of root, end) of each tree."""
+    """(start, end of what is one causal row, end) of each tree: its root, or all of it if nothing forks."""
+    image_at: Tensor
+    """(image tokens,) which of the tokens are images'."""
     keep: Tensor
     """(kept,) the tokens whose logits are needed, rising."""
     ends: Tensor
@@ -71,7 +78,7 @@ class Pack:
     patches: Tensor
     """(patches, values)"""
     grids: Tensor
-    """(images, 3): 1, rows, columns in patches."""
+    """(images, 3): 1, rows, columns in patches; stays on the host, which alone needs it."""
 
     @property
     def tokens(self) -> int:
@@ -86,7 +93,9 @@ class Pack:
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> Pack:
         changed: dict[str, Any] = {
-            field.name: change(getattr(self, field.name)) for field in fields(self) if field.name != "spans"
+            field.name: change(getattr(self, field.name))
+            for field in fields(self)
+            if field.name not in ("spans", "grids")
         }
         return replace(self, **changed)
 
@@ -96,16 +105,20 @@ class Pack:
         return (index[None, :] <= index[:, None]) & (index[:, None] < self.visible_until[None, :])
 
 
-def pack(trees: Sequence[Tree]) -> Pack:
-    """Lay trees one after the other."""
+def pack(trees: Sequence[Tree], *, multiple: int = 1) -> Pack:
+    """Lay trees one after the other; with `multiple`, padded behind the last to a multiple of so many tokens.
+
+    Padding sees nothing but itself, and nothing sees it.
+    """
     ids: list[NDArray[np.int32]] = []
     positions: list[NDArray[np.int32]] = []
     until: list[NDArray[np.int64]] = []
     spans: list[tuple[int, int, int]] = []
     ends: list[int] = []
-    sources: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
+    sources: list[NDArray[np.int64]] = []
+    targets: list[NDArray[np.int32]] = []
+    weights: list[NDArray[np.float32]] = []
+    image_at: list[NDArray[Any]] = []
     at = 0
 
     def add(branch: Branch, parent_end: int, position: int, tree_weights: Iterator[float]) -> None:
@@ -118,11 +131,14 @@ def pack(trees: Sequence[Tree]) -> Pack:
         until.append(np.empty(len(branch.ids), np.int64))
         at += len(branch.ids)
         ends.append(at - 1)
-        weight = next(tree_weights) if branch.answer else 0.0
-        for index in range(branch.prompt, branch.prompt + branch.answer):
-            sources.append(start + index - 1 if index else parent_end)
-            targets.append(int(branch.ids[index]))
-            weights.append(weight)
+        if branch.answer:
+            answer = slice(branch.prompt, branch.prompt + branch.answer)
+            before = start + np.arange(answer.start, answer.stop) - 1
+            if not branch.prompt:
+                before[0] = parent_end
+            sources.append(before)
+            targets.append(branch.ids[answer])
+            weights.append(np.full(branch.answer, next(tree_weights), np.float32))
         own_end = at - 1
         for child in branch.children:
             add(child, own_end, position + len(branch.ids), tree_weights)
@@ -134,29 +150,62 @@ def pack(trees: Sequence[Tree]) -> Pack:
         ids.append(tree.root.ids)
         positions.append(tree.root.positions)
         until.append(np.empty(len(tree.root.ids), np.int64))
+        image_at.append(start + tree.root.image_at)
         at += len(tree.root.ids)
         root_end = at
         tree_weights = iter(tree.weights)
         for branch in tree.branches:
             add(branch, root_end - 1, tree.root.next_position, tree_weights)
         until[slot][:] = at
-        spans.append((start, root_end, at))
-    kept, pick = np.unique(np.asarray(sources, np.int64), return_inverse=True)
+        forks = any((part != at).any() for part in until[slot:])
+        spans.append((start, root_end if forks else at, at))
+    if padding := -at % multiple:
+        ids.append(np.zeros(padding, np.int32))
+        positions.append(np.zeros((3, padding), np.int32))
+        until.append(np.full(padding, at + padding))
+        spans.append((at, at + padding, at + padding))
+    visible_until = np.concatenate(until)
+    kept, pick = np.unique(_joined(sources, np.int64), return_inverse=True)
     return Pack(
         ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64))[:, None],
-        visible_until=torch.from_numpy(np.concatenate(until)),
+        visible_until=torch.from_numpy(visible_until),
+        blocks=torch.from_numpy(_blocks(visible_until)),
         spans=tuple(spans),
+        image_at=torch.from_numpy(_joined(image_at, np.int64)),
         keep=torch.from_numpy(kept),
         ends=torch.tensor(ends, dtype=torch.int64),
         pick=torch.from_numpy(pick.astype(np.int64)),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        weights=torch.tensor(weights, dtype=torch.float32),
+        targets=torch.from_numpy(_joined(targets, np.int64)),
+        weights=torch.from_numpy(_joined(weights, np.float32)),
         patches=torch.from_numpy(np.concatenate([tree.patches for tree in trees])),
         grids=torch.tensor(
             [(1, rows, columns) for tree in trees for rows, columns in tree.grids], dtype=torch.int64
         ),
     )
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
+
+
+def _blocks(visible_until: NDArray[np.int64]) -> NDArray[np.int8]:
+    """`Pack.blocks` from the ends of visibility: no mask is made.
+
+    Left of the diagonal a tile holds something iff one of its columns is visible to its first row, and
+    all iff every column is visible to its last row; a tile on the diagonal is always cut by it.
+    """
+    tokens = len(visible_until)
+    first_row = np.arange(0, tokens, BLOCK)
+    last_row = np.minimum(first_row + BLOCK, tokens) - 1
+    most = np.maximum.reduceat(visible_until, first_row)
+    least = np.minimum.reduceat(visible_until, first_row)
+    whole = last_row - first_row == BLOCK - 1
+    something = most[None, :] > first_row[:, None]
+    everything = (least[None, :] > last_row[:, None]) & whole[:, None]
+    kinds = np.tril(something.astype(np.int8) + everything, k=-1)
+    np.fill_diagonal(kinds, 1)
+    return np.asarray(kinds, np.int8)
 
 
 class Questions:
@@ -196,7 +245,7 @@ class Questions:
             [numbers.setdefault(example.image_key, len(numbers)) for example in examples], np.int64
         )
         shown = {example.image_key: example for example in examples}
-        self.root_tokens = np.array([len(self._root(shown[key]).ids) for key in numbers], np.int64)
+        self.root_tokens = np.array([chat.root_tokens(self._grids(shown[key])) for key in numbers], np.int64)
         self.branch_tokens = np.array([len(branch.ids) for branch in self.branches], np.int64)
 
     def __len__(self) -> int:
@@ -211,16 +260,16 @@ class Questions:
         patches = [self.chat.patches(self._drawn(image)) for image in example.images]
         branches = [self.branches[question] for question in questions]
         return Tree(
-            root=self._root(example),
+            root=self.chat.root(self._grids(example)),
             branches=[branch.asked for branch in branches] if asked else branches,
             weights=[float(self.token_weights[question]) for question in questions],
             patches=np.concatenate(patches),
             grids=[self.canvases[image.key].grid(self.chat.folder.patch) for image in example.images],
         )
 
-    def pack(self, trees: Sequence[Sequence[int]], *, asked: bool = False) -> Pack:
+    def pack(self, trees: Sequence[Sequence[int]], *, asked: bool = False, multiple: int = 1) -> Pack:
         """Trees of question numbers as one pack."""
-        return pack([self.tree(tree, asked=asked) for tree in trees])
+        return pack([self.tree(tree, asked=asked) for tree in trees], multiple=multiple)
 
     def _drawn(self, image: ImageRef) -> Image.Image:
         """An image on its canvas; kept while there is room, since its questions come back every epoch."""
@@ -237,10 +286,9 @@ class Questions:
             self._kept[image.key] = drawn
         return drawn
 
-    def _root(self, example: Example) -> Root:
-        merge = self.chat.folder.merge
-        grids = [self.canvases[image.key].grid(self.chat.folder.patch) for image in example.images]
-        return self.chat.root((rows // merge, columns // merge) for rows, columns in grids)
+    def _grids(self, example: Example) -> list[tuple[int, int]]:
+        """(rows, columns) of each image in tokens."""
+        return [self.canvases[image.key].grid(self.chat.folder.factor) for image in example.images]
 
 
 Label = TypeVar("Label")
@@ -252,21 +300,22 @@ def packs(
     *,
     asked: bool = False,
     workers: int = 0,
-    pin: bool = False,
+    cuda: bool = False,
 ) -> Iterator[tuple[Label, Pack]]:
     """Pack the trees of each `(label, trees)` in order, ahead of need where there are workers.
 
-    Raises BadInput naming an image that can no longer be read.
+    For `cuda` they are padded to whole blocks and pinned. Raises BadInput naming an image that can no
+    longer be read.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     questions.room = min(questions.room, KEPT_BYTES // (local * max(1, workers)))
     loader: DataLoader[Any] = DataLoader(
-        _Packing(questions, asked),
+        _Packing(questions, asked, multiple=BLOCK if cuda else 1),
         batch_size=None,
         sampler=jobs,
         num_workers=workers,
         collate_fn=_unchanged,
-        pin_memory=pin,
+        pin_memory=cuda,
         generator=torch.Generator(),  # or it would draw from the numbers that dropout takes
     )
     for label, packed in loader:
@@ -278,13 +327,13 @@ def packs(
 class _Packing(Dataset[tuple[Label, "Pack | BadInput"]], Generic[Label]):
     """A map from a job to its pack, which is what a DataLoader wants."""
 
-    def __init__(self, questions: Questions, asked: bool) -> None:
-        self.questions, self.asked = questions, asked
+    def __init__(self, questions: Questions, asked: bool, multiple: int) -> None:
+        self.questions, self.asked, self.multiple = questions, asked, multiple
 
     def __getitem__(self, job: tuple[Label, Sequence[Sequence[int]]]) -> tuple[Label, Pack | BadInput]:
         label, trees = job
         try:
-            return label, self.questions.pack(trees, asked=self.asked)
+            return label, self.questions.pack(trees, asked=self.asked, multiple=self.multiple)
         except BadInput as error:  # raised in a worker it would reach the person as a page of traceback
             return label, error
 

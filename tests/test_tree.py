@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import noise_image
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from surgvqa import attention, decode, model
 from surgvqa.datasets import Example, ImageRef
@@ -139,20 +141,45 @@ def test_every_attention_path_gives_the_logits_of_the_dense_mask(chat: ChatToken
     trees, _ = forest(chat, [(3, [(4, 2)]), (1, [(2, 2)])])
     packed = pack(trees)
     network = tiny(chat)
-    features = model.image_features(network, packed.patches, packed.grids)
-
-    def logits(arguments: dict[str, Any]) -> Tensor:
-        return network(
+    reference = tiny(chat, sdpa=True)
+    with torch.no_grad():
+        # transformers' own forward pass, from pixels on, with the mask spelt out.
+        features = reference.model.get_image_features(packed.patches, packed.grids, return_dict=True)
+        dense = reference.model(
             input_ids=packed.ids,
             position_ids=packed.positions,
             mm_encoder_outputs={"image": features},
-            **arguments,
-        ).logits
+            attention_mask=packed.mask()[None, None],
+        ).last_hidden_state[0]
+        sdpa = model.hidden_states(network, packed, "sdpa")
+        flex = model.hidden_states(network, packed, "flex")
+        padded = model.hidden_states(network, pack(trees, multiple=128), "flex")
+    torch.testing.assert_close(sdpa, dense, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(flex, dense, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(padded[: packed.tokens], flex, rtol=1e-3, atol=1e-4)
 
-    with torch.no_grad():
-        dense = logits({"attention_mask": packed.mask()[None, None]})
-        torch.testing.assert_close(logits(attention.arguments(packed, "sdpa")), dense, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(logits(attention.arguments(packed, "flex")), dense, rtol=1e-3, atol=1e-4)
+
+@pytest.mark.parametrize("multiple", [1, attention.BLOCK])
+def test_the_block_mask_is_the_one_that_flexattention_makes_of_the_dense_mask(
+    chat: ChatTokens, multiple: int
+) -> None:
+    trees, _ = forest(chat, [(9, [(9, 9)]), (1, [(2, 2)]), (9, [(24, 20)]), (2, [(1, 1)])])
+    packed = pack(trees, multiple=multiple)
+    assert packed.tokens > 4 * attention.BLOCK
+    assert packed.tokens % multiple == 0
+    ours = attention.block_mask(packed)
+    theirs = create_block_mask(ours.mask_mod, None, None, packed.tokens, packed.tokens, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
+    assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
+    for counts, own, their in (
+        (ours.kv_num_blocks, ours.kv_indices, theirs.kv_indices),
+        (ours.full_kv_num_blocks, ours.full_kv_indices, theirs.full_kv_indices),
+    ):
+        for row, count in enumerate(counts[0, 0].tolist()):
+            assert own[0, 0, row, :count].tolist() == their[0, 0, row, :count].tolist()
+    assert (ours.full_kv_num_blocks > 0).any()
+    assert ours.sparsity() > 0
 
 
 def test_the_mask_is_self_and_ancestors() -> None:
@@ -164,7 +191,7 @@ def test_the_mask_is_self_and_ancestors() -> None:
     from surgvqa.tokens import Root
 
     nested = Branch(ids(3), 3, 0, (Branch(ids(2), 0, 2), Branch(ids(1), 0, 1, (Branch(ids(2), 0, 2),))))
-    root = Root(ids(4), np.zeros((3, 4), np.int32), 4)
+    root = Root(ids(4), np.zeros((3, 4), np.int32), 4, np.empty(0, np.int64))
     patches = np.zeros((1, 1), np.float32)
     trees = [
         Tree(root, [nested, Branch(ids(2), 1, 1)], [1.0] * 4, patches, [(1, 1)]),
@@ -205,8 +232,8 @@ def test_positions_equal_the_models_own(chat: ChatTokens) -> None:
     packed = pack(trees)
     network = tiny(chat, sdpa=True)
     row = iter(rows)
-    for tree, (start, root_end, _) in zip(trees, packed.spans, strict=True):
-        at = root_end
+    for tree, (start, _, _) in zip(trees, packed.spans, strict=True):
+        at = root_end = start + len(tree.root.ids)
         for branch in tree.branches:
             own = next(row)
             inputs = own.inputs(own.ids)
@@ -251,3 +278,32 @@ def test_weights_scale_each_answer_and_zero_adds_nothing(chat: ChatTokens) -> No
 
     assert nats(2.0, 3.0) == pytest.approx(2 * nats(1.0, 0.0) + 3 * nats(0.0, 1.0), rel=1e-5)
     assert nats(0.0, 0.0) == 0.0
+
+
+def test_nothing_in_a_step_waits_for_the_device(chat: ChatTokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device there are no numbers: whatever asks for one (item, tolist, nonzero, …) fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no meta
+    trees, _ = forest(chat, [(3, [(4, 2)]), (1, [(2, 2)]), (2, [(2, 1), (1, 3)])])
+    network = tiny(chat).to("meta").train()
+    packed = pack(trees, multiple=attention.BLOCK).to(torch.device("meta"))
+    loss = TreeLoss(network, attn="sdpa", autocast=None)(packed)
+    loss.backward()
+    assert loss.is_meta
+    assert all(p.grad is not None and p.grad.is_meta for p in network.parameters())
+    assert attention.block_mask(packed).kv_indices.is_meta
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
+
+
+def test_many_targets_go_through_the_vocabulary_in_chunks(
+    chat: ChatTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees, _ = forest(chat, [(5, [(2, 2)]), (3, [(1, 2)])])
+    network = tiny(chat)
+    loss = TreeLoss(network, attn="sdpa", autocast=None)
+    whole = gradients(loss(pack(trees)), network)
+    monkeypatch.setattr("surgvqa.loss.CHUNK", 7)
+    chunked = gradients(loss(pack(trees)), network)
+    assert len(pack(trees).targets) > 14
+    for name, gradient in whole.items():
+        assert (chunked[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name

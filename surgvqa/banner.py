@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from surgvqa import hub, letterbox, metrics, model
+from surgvqa.memory import Fit
 from surgvqa.plan import Plan
 from surgvqa.prepare import Prepared
 from surgvqa.processes import Compute
@@ -23,6 +24,7 @@ def banner(
     network: Any,
     accelerator: Accelerator,
     compute: Compute,
+    fitting: Fit,
     total: int,
     start: int,
 ) -> Iterator[str]:
@@ -55,6 +57,12 @@ def banner(
         f"trees       {len(rows) / len(trees):.1f} questions and {per_tree:,.0f} tokens per tree; "
         f"as one row per question {as_rows:,.0f} ({as_rows / per_tree:.1f}×)"
     )
+    layers, device = len(model.decoder_layers(network)), accelerator.device
+    peak = ""
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).total_memory
+        peak = f"; a step takes up to {fitting.peak / 2**30:.1f} of {size / 2**30:.1f} GiB"
+    yield f"memory      {fitting.checkpoint_layers} of {layers} decoder layers recomputed{peak}"
     numbers = "fp32" if compute.autocast is None else "bf16 autocast, fp32 masters"
     tf32 = "on" if compute.tf32 else "off"
     yield f"precision   {numbers}, TF32 {tf32}, attention {compute.attn}"

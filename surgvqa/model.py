@@ -284,6 +284,33 @@ def hidden_states(model: Any, pack: Pack, attn: str, cache: Any = None) -> Tenso
     return hidden
 
 
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of the language model."""
+    return list(base(model).model.language_model.layers)
+
+
+def recompute(model: Any, layers: int) -> None:
+    """Keep no activations of the first `layers` decoder layers, nor, if any, of the vision tower's blocks.
+
+    They are made again in the backward pass, which costs a forward pass of those layers.
+    """
+    qwen = base(model)
+    if layers:
+        # transformers renamed it in 5.22 and warns about the old name.
+        enable = getattr(qwen, "activation_checkpointing_enable", None) or qwen.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the reentrant kind fails under DDP
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.gradient_checkpointing = index < layers  # type: ignore[assignment]  # no submodule
+    for block in qwen.model.visual.blocks:
+        block.gradient_checkpointing = layers > 0
+
+
+def compile_layers(model: Any) -> None:
+    """Have torch.compile make kernels of each decoder layer, once for all lengths."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
 def image_features(model: Any, patches: Tensor, grids: Tensor) -> tuple[Tensor, list[Tensor]]:
     """(image tokens, width) of each image, one after the other, and Qwen3-VL's deepstack features likewise.
 

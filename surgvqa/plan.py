@@ -62,8 +62,11 @@ class Plan:
 
     def too_long(self) -> list[int]:
         """Questions that do not fit a micro-batch even alone with their image."""
-        alone = self.root_tokens[self.image] + self.branch_tokens
-        return [int(question) for question in np.flatnonzero(alone > self.tokens_per_micro_batch)]
+        return [int(question) for question in np.flatnonzero(self.alone() > self.tokens_per_micro_batch)]
+
+    def alone(self) -> Int64s:
+        """(questions,) tokens of each question alone with its image."""
+        return self.root_tokens[self.image] + self.branch_tokens
 
     def step(self, step: int) -> list[Group]:
         """The trees of optimizer step `step`; one question each where `trees` is off."""

@@ -26,6 +26,9 @@ from surgvqa.recipe import BadInput, Part, Recipe
 from surgvqa.tokens import ChatTokens
 from surgvqa.tree import Questions
 
+_UNTRIED = 8192
+"""Tokens per micro-batch where the recipe says `auto` and nothing was tried: in evaluation alone."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -37,6 +40,8 @@ class Prepared:
     digests: dict[str, str]
     """Image key → SHA-256 of the image's bytes."""
     warnings: list[str]
+    tokens_per_micro_batch: int | None = None
+    """What was found to fit; None before that is known."""
 
     def questions(self, part: Part, most: int | None = None) -> Questions:
         """The questions of a part; with `most`, that many, of images drawn by the recipe's seed."""
@@ -56,26 +61,31 @@ class Prepared:
     def plan(self, questions: Questions) -> Plan:
         """The order of these questions. Raises BadInput naming every question that cannot fit."""
         batch = self.recipe.batch
+        asked, found = batch.tokens_per_micro_batch, self.tokens_per_micro_batch
         plan = Plan(
             image=questions.image,
             branch_tokens=questions.branch_tokens,
             root_tokens=questions.root_tokens,
             questions=batch.questions,
             questions_per_image=batch.questions_per_image,
-            tokens_per_micro_batch=batch.tokens_per_micro_batch,
+            tokens_per_micro_batch=_UNTRIED if asked == "auto" else asked,
             seed=self.recipe.train.seed,
             trees=batch.trees,
         )
+        if asked == "auto":
+            plan.tokens_per_micro_batch = max(_UNTRIED, int(plan.alone().max()))
         problems = []
         for question in plan.too_long():
             example, root = questions.examples[question], questions.root_tokens[questions.image[question]]
             problems.append(
                 f"{example.place}: question {example.id!r} cannot fit: {plan.tokens([question]):,} tokens "
                 f"({root:,} of them its image and system message) against batch.tokens_per_micro_batch "
-                f"{batch.tokens_per_micro_batch:,}"
+                f"{asked:,}"
             )
         if problems:
             raise BadInput(problems)
+        if found:
+            plan.tokens_per_micro_batch = max(found, int(plan.alone().max()))
         return plan
 
     def network(self, checkpoint: Path | None = None) -> Any:

@@ -55,6 +55,15 @@ def explain(error: BadInput) -> int:
     return error.exit_code
 
 
+def _number_or(value: object, least: int, *words: str) -> object:
+    """The value, if it is one of the words or a whole number from `least` on."""
+    if value in words or (type(value) is int and value >= least):
+        return value
+    raise ValueError(
+        f"should be a whole number from {least} on, or {' or '.join(words)}, not {_shown(value)}"
+    )
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -157,10 +166,16 @@ class Batch(_Section):
     """Questions per optimizer step, over all processes together."""
     questions_per_image: int = Field(8, ge=1)
     """Most questions of one image in one group; 1 is the classical independent batch."""
-    tokens_per_micro_batch: int = Field(8192, ge=16)
-    """Most tokens in one forward pass of one process; changes memory and speed, never the result."""
+    tokens_per_micro_batch: int | Literal["auto"] = 8192
+    """Most tokens in one forward pass of one process, or `auto`: as many as fit. Changes memory and speed,
+    never the result; what does not fit into memory is halved before the first step."""
     trees: bool = True
     """Share each image among its questions; false gives one row per question, for comparison."""
+
+    @field_validator("tokens_per_micro_batch", mode="before")
+    @classmethod
+    def _tokens_or_auto(cls, value: object) -> object:
+        return _number_or(value, 16, "auto")
 
 
 class Loss(_Section):
@@ -194,8 +209,16 @@ class Train(_Section):
     """Seed of the order, of dropout and of new weights."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic; what trains is kept in fp32 either way."""
-    gradient_checkpointing: bool = True
-    """Recompute layers in the backward pass to save memory."""
+    checkpoint_layers: int | Literal["auto", "all"] = "auto"
+    """How many decoder layers, the first, are recomputed in the backward pass to save memory, and with any
+    of them the vision tower's blocks if it trains; `auto`: as few as must be."""
+    compile: bool = False
+    """Have torch.compile make kernels of the decoder layers."""
+
+    @field_validator("checkpoint_layers", mode="before")
+    @classmethod
+    def _layers_or_word(cls, value: object) -> object:
+        return _number_or(value, 0, "auto", "all")
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -232,6 +255,9 @@ class Checkpoint(_Section):
 class Log(_Section):
     trace: bool = False
     """Write trace.jsonl: ids, supervised tokens and exact loss of every step."""
+    profile: bool = False
+    """Write profile/*.pt.trace.json, three steps (the fourth to the sixth) that TensorBoard's profiler or
+    Perfetto shows."""
 
 
 class Recipe(_Section):

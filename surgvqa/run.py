@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from surgvqa import checkpoint, recipe
-from surgvqa.recipe import BadInput, Recipe
+from surgvqa.recipe import BadInput, Log, Recipe
 
 log = logging.getLogger("surgvqa")
 
@@ -25,7 +25,7 @@ RECORDS = ("metrics.jsonl", "eval.jsonl", "trace.jsonl")
 
 HARMLESS = (
     "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.workers", "model.attn",
-    "batch.tokens_per_micro_batch", "batch.trees", "train.gradient_checkpointing",
+    "batch.tokens_per_micro_batch", "batch.trees", "train.checkpoint_layers", "train.compile",
 )  # fmt: skip
 """Keys, or sections, that may differ between the runs of one experiment: they do not change what is
 learned. The training data itself is compared by its digest."""
@@ -57,7 +57,7 @@ def claim(run: Path) -> None:
 
 def clear(run: Path) -> None:
     """Remove what a former run left, and nothing else."""
-    for name in ("checkpoints", "tensorboard"):
+    for name in ("checkpoints", "tensorboard", "profile"):
         shutil.rmtree(run / name, ignore_errors=True)
     for name in ("recipe.yaml", *RECORDS, "predictions*.jsonl", "scores*.json"):
         for file in run.glob(name):
@@ -99,10 +99,10 @@ def _harmless(key: str) -> bool:
 class Records:
     """The run's records and its progress bar; silent on all but the main process."""
 
-    def __init__(self, run: Path, start: int, total: int, trace: bool, console: Console) -> None:
+    def __init__(self, run: Path, start: int, total: int, log: Log, console: Console) -> None:
         self.run, self.start, self.total, self.console = run, start, total, console
         self.writes = not console.quiet
-        self.traces = trace and self.writes
+        self.traces, self.profiles = log.trace and self.writes, log.profile and self.writes
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> Records:
@@ -126,6 +126,12 @@ class Records:
             self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
             self.stack.enter_context(self.progress)
             self.task = self.progress.add_task("training", total=self.total, completed=self.start, numbers="")
+        if self.profiles:
+            from torch.profiler import profile, schedule, tensorboard_trace_handler
+
+            written = tensorboard_trace_handler(str(self.run / "profile"))
+            steps = schedule(wait=2, warmup=1, active=3, repeat=1)
+            self.profiler = self.stack.enter_context(profile(schedule=steps, on_trace_ready=written))
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -135,6 +141,8 @@ class Records:
         """A line of metrics.jsonl, the same in TensorBoard, and the progress bar."""
         if not self.writes:
             return
+        if self.profiles:
+            self.profiler.step()
         # JSON has no NaN: a step without finite gradients says null.
         _append(self.files["metrics.jsonl"], {k: v if math.isfinite(v) else None for k, v in row.items()})
         for key in row.keys() - {"step", "epoch"}:

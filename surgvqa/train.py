@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from surgvqa import checkpoint, evaluate, hub, metrics, model, processes, recipe
+from surgvqa import checkpoint, evaluate, hub, memory, metrics, model, processes, recipe
 from surgvqa.banner import banner
 from surgvqa.loss import TreeLoss
 from surgvqa.plan import Group, Plan
@@ -97,17 +97,29 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
     resume = main_first(accelerator, lambda: resumable(run, settings, fingerprint))
     start, best = (resume.step, resume.best) if resume else (0, -math.inf)
     network = prepared.network(resume.folder if resume else None)
-    if settings.train.gradient_checkpointing:
-        _recompute_layers(network)
-    network.train()
-    loss_of = accelerator.prepare(TreeLoss(network, attn=compute.attn, autocast=compute.autocast))
+    network.train().to(device)
+    if settings.train.compile:
+        model.compile_layers(network)
+    tree_loss = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
+    fitting = memory.fit(
+        tree_loss,
+        questions,
+        plan,
+        range(min(start, total - 1), total),
+        tokens=settings.batch.tokens_per_micro_batch,
+        layers=settings.train.checkpoint_layers,
+        accelerator=accelerator,
+    )
+    prepared = replace(prepared, tokens_per_micro_batch=fitting.tokens_per_micro_batch)
+    plan = prepared.plan(questions)
+    loss_of = accelerator.prepare(tree_loss)
     parameters = dict(model.trainable(network))
     optimizer = _optimizer(settings, parameters, fused=device.type == "cuda")
     if resume:
         checkpoint.load_optimizer(resume.folder / "optimizer.safetensors", optimizer, parameters)
     if main:
         checkpoint.write_text(run / "recipe.yaml", settings.dump())
-    for line in banner(prepared, questions, plan, network, accelerator, compute, total, start):
+    for line in banner(prepared, questions, plan, network, accelerator, compute, fitting, total, start):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def save(step: int, score: float | None) -> None:
@@ -130,7 +142,7 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
             cuda=device.type == "cuda",
         )
     )
-    with Records(run, start, total, settings.log.trace, console) as records:
+    with Records(run, start, total, settings.log, console) as records:
         for step in range(start, total):
             began = time.perf_counter()
             trees = plan.step(step)
@@ -263,15 +275,6 @@ def _validation(prepared: Prepared) -> Any:
 def _seed(*numbers: int) -> int:
     """One seed of several numbers, the same everywhere."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def _recompute_layers(network: Any) -> None:
-    """Gradient checkpointing by layer; the reentrant kind fails under DDP."""
-    # transformers renamed it in 5.22 and warns about the old name.
-    enable = (
-        getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-    )
-    enable({"use_reentrant": False})
 
 
 def _optimizer(settings: Recipe, parameters: dict[str, nn.Parameter], fused: bool) -> torch.optim.AdamW:

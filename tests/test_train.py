@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from surgvqa import checkpoint, evaluate, hub, model, recipe, train, tree
+from surgvqa.memory import Fit
 from surgvqa.recipe import BadInput
 
 RECIPE = """
@@ -22,7 +23,7 @@ model: {name: tiny-qwen3-vl, tune: full, train_vision: true, train_merger: true}
 data: {format: jsonl}
 image: {size: 96}
 batch: {questions: 12, questions_per_image: 4, tokens_per_micro_batch: 600}
-train: {max_steps: 4, lr: 1.0e-3, precision: fp32, gradient_checkpointing: false}
+train: {max_steps: 4, lr: 1.0e-3, precision: fp32, checkpoint_layers: 0}
 eval: {final: null}
 log: {trace: true}
 """
@@ -303,7 +304,8 @@ def test_the_banner_of_the_full_resolution_recipe(tmp_path: Path) -> None:
     accelerator = processes.start()
     compute = processes.compute("fp32", "auto", accelerator.device)
     total = chosen.train.epochs * plan.steps_per_epoch
-    lines = list(banner(prepared, questions, plan, prepared.network(), accelerator, compute, total, 0))
+    network, fit = prepared.network(), Fit(8192, 2, 0)
+    lines = list(banner(prepared, questions, plan, network, accelerator, compute, fit, total, 0))
     assert "steps       2,568 per epoch, 7,704 in all" in lines
     assert "batch       16 questions per step, at most 8 per image" in "\n".join(lines)
     canvas = next(line for line in lines if line.startswith("canvas"))

@@ -21,7 +21,7 @@ model: {name: tiny-qwen3-vl, tune: full, train_vision: true, train_merger: true}
 data: {format: jsonl}
 image: {size: 96}
 batch: {questions: 12, questions_per_image: 4, tokens_per_micro_batch: 600}
-train: {max_steps: 20, lr: 1.0e-3, precision: fp32, gradient_checkpointing: false}
+train: {max_steps: 20, lr: 1.0e-3, precision: fp32, checkpoint_layers: 0}
 eval: {final: null}
 log: {trace: true}
 """
@@ -40,13 +40,21 @@ class Runs:
         """Run in this process."""
         return train.train(recipe.load(self.recipe, self._words(name, *overrides)))
 
-    def launched(self, name: str, launcher: list[str], *overrides: str) -> subprocess.CompletedProcess[str]:
-        """Run through a launcher, e.g. `["torchrun", "--nproc-per-node", "2"]`."""
-        module = [sys.executable, "-m", *launcher, "-m", "surgvqa.train", str(self.recipe)]
+    def launched(
+        self, name: str, launcher: list[str], *overrides: str, script: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run through a launcher, e.g. `["torchrun", "--nproc-per-node", "2"]`; `script` may change
+        surgvqa before it calls `surgvqa.train.main`."""
+        program = ["-m", "surgvqa.train"]
+        if script:
+            file = self.folder / f"{name}.py"
+            file.write_text(script, encoding="utf-8")
+            program = [str(file)]
+        module = [sys.executable, "-m", *launcher, *program, str(self.recipe)]
         return subprocess.run(
             [*module, *self._words(name, *overrides)],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=300,

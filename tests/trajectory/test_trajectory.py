@@ -46,9 +46,11 @@ def test_the_reference_learns_from_every_question_once_per_epoch(runs: Runs, ref
     [
         ["batch.tokens_per_micro_batch=90"],
         ["batch.tokens_per_micro_batch=100000"],
+        ["batch.tokens_per_micro_batch=auto"],
         ["batch.trees=false"],
         ["batch.trees=false", "batch.tokens_per_micro_batch=90"],
-        ["train.gradient_checkpointing=true"],
+        ["train.checkpoint_layers=all"],
+        ["train.checkpoint_layers=2"],
         ["data.workers=2"],
     ],
     ids=" ".join,
@@ -71,6 +73,34 @@ def test_two_processes_give_the_curve_of_one(runs: Runs, reference: Path, launch
     assert "distributed, 2 processes, gloo" in done.stdout
     assert done.stdout.count("steps       ") == 1  # the banner comes once
     assert_same_curve(runs.folder / launcher[0], reference)
+
+
+OUT_OF_MEMORY_ON_RANK_1 = """
+import os, sys
+import torch
+from surgvqa import loss, train
+
+forward = loss.TreeLoss.forward
+
+def limited(self, pack):
+    nats = forward(self, pack)
+    if os.environ["RANK"] == "1" and pack.tokens > 80:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return nats
+
+loss.TreeLoss.forward = limited
+sys.exit(train.main())
+"""
+
+
+def test_out_of_memory_on_one_process_makes_all_take_less(runs: Runs, reference: Path) -> None:
+    launcher = ["accelerate.commands.launch", "--config_file", TWO_CPU]
+    done = runs.launched("oom", launcher, "train.checkpoint_layers=auto", script=OUT_OF_MEMORY_ON_RANK_1)
+    assert done.returncode == 0, done.stderr
+    assert "distributed, 2 processes, gloo" in done.stdout
+    assert "600 tokens do not fit into memory; going on with 75" in done.stderr
+    assert "of up to 75 tokens per process" in done.stdout
+    assert_same_curve(runs.folder / "oom", reference)
 
 
 def test_the_answers_do_not_depend_on_processes(runs: Runs) -> None:

@@ -35,7 +35,7 @@ Component = Literal["vision", "merger", "deepstack", "language", "lm_head", "ada
 COMPONENTS: tuple[Component, ...] = ("vision", "merger", "deepstack", "language", "lm_head", "adapters")
 
 
-class _PatchProjection(nn.Module):
+class PatchProjection(nn.Module):
     """A Conv3d whose stride is its kernel, as the matrix product that it is; same parameters, same names."""
 
     def __init__(self, conv: nn.Conv3d) -> None:
@@ -71,7 +71,7 @@ def build(
     else:
         model = _load_whole(cls, weights or with_weights(folder), folder.name, dtype)
     embed = model.model.visual.patch_embed
-    embed.proj = _PatchProjection(embed.proj)
+    embed.proj = PatchProjection(embed.proj)
     for index, layer in enumerate(_deepstack_layers(model)):
         layer.register_forward_hook(partial(_add_deepstack, index), with_kwargs=True)
     model.config.text_config._attn_implementation = attention.NAME

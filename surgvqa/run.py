@@ -147,11 +147,14 @@ class Records:
         _append(self.files["metrics.jsonl"], {k: v if math.isfinite(v) else None for k, v in row.items()})
         for key in row.keys() - {"step", "epoch"}:
             self.board.add_scalar(f"train/{key}", row[key], row["step"])
-        numbers = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['questions_per_s']:.1f} questions/s  "
-            f"{row['tokens'] / row['seconds']:,.0f} tokens/s"
-        )
-        short = numbers.replace("questions/s", "q/s").replace("tokens/s", "tok/s")
+        numbers = f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['questions_per_s']:.1f} questions/s  "
+        if "questions_per_gpu_hour" in row:
+            numbers += f"{row['questions_per_gpu_hour']:,.0f} questions/GPU-hour"
+        else:
+            numbers += f"{row['tokens'] / row['seconds']:,.0f} tokens/s"
+        if "mfu" in row:
+            numbers += f"  MFU {row['mfu']:.0%}"
+        short = numbers.replace("questions", "q").replace("tokens", "tok").replace("GPU-hour", "GPU-h")
         self.progress.update(self.task, completed=row["step"], numbers=short)
         # A log file gets a line now and then where a terminal gets a bar.
         regular = row["step"] % max(1, self.total // 25) == 0

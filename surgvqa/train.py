@@ -27,6 +27,7 @@ from torch import nn
 
 from surgvqa import checkpoint, evaluate, hub, memory, metrics, model, processes, recipe
 from surgvqa.banner import banner
+from surgvqa.flops import Speed
 from surgvqa.loss import TreeLoss
 from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
@@ -132,6 +133,7 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
             checkpoint.write_json(folder / checkpoint.STATE, state)
 
     skipped, prior = resume.skipped if resume else 0, prepared.prior()
+    speed = Speed(network, questions, device, settings.train.precision, world)
     evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
     workers = processes.data_workers(settings.data.workers, device)
     micro_batches = iter(
@@ -182,9 +184,8 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
                 grad_norm=grad_norm,
                 questions=len(asked),
                 tokens=sum(map(plan.tokens, trees)),
-                questions_per_s=len(asked) / seconds,
                 seconds=seconds,
-                **_peak_memory(device),
+                **speed.of(trees, seconds),
             )
             ids = [questions.examples[question].id for question in asked]
             records.trace(step, ids, int(questions.answer_tokens[asked].sum()), loss)
@@ -302,12 +303,6 @@ def _interval(every: float | None, steps_per_epoch: int) -> int:
     if every is None:
         return 0
     return max(1, round(every * steps_per_epoch if every <= 1 else every))
-
-
-def _peak_memory(device: torch.device) -> dict[str, float]:
-    if device.type != "cuda":
-        return {}
-    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
     "demo", "recipe", "datasets", "letterbox", "metrics", "audit", "hub", "tokens", "tree", "plan",
-    "attention", "model", "loss", "memory", "checkpoint", "decode", "processes", "prepare", "evaluate",
-    "banner", "run", "train", "show", "launch", "cli",
+    "attention", "model", "flops", "loss", "memory", "checkpoint", "decode", "processes", "prepare",
+    "evaluate", "banner", "run", "train", "show", "launch", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = ["demo.scenes", "recipe", "datasets", "letterbox", "audit", "hub", "metrics", "launch", "cli"]

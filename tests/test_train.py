@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_jsonl
+from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from surgvqa import checkpoint, evaluate, hub, model, recipe, train, tree
+from surgvqa import checkpoint, evaluate, flops, hub, model, recipe, train, tree
 from surgvqa.memory import Fit
-from surgvqa.recipe import BadInput
+from surgvqa.prepare import prepare
+from surgvqa.recipe import BadInput, Log
+from surgvqa.run import Records
 
 RECIPE = """
 model: {name: tiny-qwen3-vl, tune: full, train_vision: true, train_merger: true}
@@ -180,7 +184,6 @@ def test_an_empty_final_part_is_said_at_the_end(settings: Any, capsys: pytest.Ca
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_goes_away_during_training_is_named(settings: Any, workers: int) -> None:
-    from surgvqa.prepare import prepare
 
     prepared = prepare(settings())
     questions = prepared.questions("train")
@@ -208,7 +211,6 @@ def test_changed_image_bytes_are_changed_data(settings: Any) -> None:
 
 def logits(network: Any, run: Path) -> torch.Tensor:
     from surgvqa.loss import TreeLoss
-    from surgvqa.prepare import prepare
 
     questions = prepare(recipe.load(run / "recipe.yaml")).questions("train")
     loss = TreeLoss(network.eval(), attn="sdpa", autocast=None)
@@ -254,7 +256,6 @@ def test_peft_loads_a_lora_checkpoint_as_it_is(settings: Any, vision: str, merge
     plain = model.build(hub.find("tiny-qwen3-vl"), seed=seed)
     before = logits(plain, run)
     theirs = logits(PeftModel.from_pretrained(plain, folder), run)
-    from surgvqa.prepare import prepare
 
     ours = logits(prepare(recipe.load(run / "recipe.yaml")).network(folder), run)
     assert not torch.allclose(before, ours, rtol=1e-3)
@@ -279,7 +280,6 @@ def test_the_banner_of_the_full_resolution_recipe(tmp_path: Path) -> None:
 
     from surgvqa import processes
     from surgvqa.banner import banner
-    from surgvqa.prepare import prepare
 
     for number in range(7):
         noise_image(2000 + number, 1500, number).save(tmp_path / f"{number}.jpg")
@@ -369,3 +369,44 @@ def test_every_format_trains_and_evaluates(settings: Any, tmp_path: Path, write:
     )  # fmt: skip
     assert len(first_losses(run)) == 4
     assert json.loads((run / "scores.json").read_text())["overall"]["n"] > 0
+
+
+def test_a_profile_is_written_where_the_recipe_asks_for_it(settings: Any) -> None:
+    run = train.train(settings("log.profile=true", "train.max_steps=7"))
+    (trace,) = (run / "profile").glob("*.pt.trace.json")
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert {"ProfilerStep#3", "ProfilerStep#4", "ProfilerStep#5"} <= names
+    assert "ProfilerStep#6" not in names
+    assert any("scaled_dot_product" in name for name in names)
+    assert not (train.train(settings(f"output={run.parent / 'other'}")) / "profile").exists()
+
+
+def test_speed_is_told_by_questions_flops_and_share_of_the_peak(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train.train(settings())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    prepared = prepare(settings())
+    questions = prepared.questions("train")
+    plan, work = prepared.plan(questions), flops.StepCost(prepared.network(), questions)
+    for row in rows:
+        trees = plan.step(row["step"] - 1)
+        assert row["questions_per_s"] == pytest.approx(sum(map(len, trees)) / row["seconds"])
+        assert row["tflops"] == pytest.approx(work.step(trees) / row["seconds"] / 1e12)
+        assert "mfu" not in row, "the peak of a CPU is not known"
+    # A GPU that is not here: two of them, half a second for the step.
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    speed = flops.Speed(prepared.network(), questions, torch.device("cuda"), "bf16", world=2)
+    trees = plan.step(0)
+    found = speed.of(trees, 0.5)
+    assert found["questions_per_gpu_hour"] == pytest.approx(12 / 0.5 * 3600 / 2)
+    assert found["mfu"] == pytest.approx(work.step(trees) / 0.5 / 2 / 989e12)
+    assert found["peak_memory_gib"] == 3
+    terminal = io.StringIO()
+    row = {"step": 1, "epoch": 0.1, "loss": 12.3456, "lr": 1e-4, "tokens": 10, "seconds": 0.5, **found}
+    row |= {"questions_per_s": 123.4, "questions_per_gpu_hour": 444_240.0, "mfu": 0.39}
+    with Records(run, 0, 10_000, Log(), Console(width=80, force_terminal=True, file=terminal)) as records:
+        records.step(**row)
+    assert "loss 12.3456  lr 1.0e-04  123.4 q/s  444,240 q/GPU-h  MFU 39%" in terminal.getvalue(), "uncut"

@@ -68,6 +68,8 @@ class Pack:
     """(targets,) token ids."""
     weights: Tensor
     """(targets,) fp32."""
+    answers: Tensor
+    """(answers,) how many targets each answer has, in depth-first order."""
     patches: Tensor
     """(patches, values)"""
     grids: Tensor
@@ -106,6 +108,7 @@ def pack(trees: Sequence[Tree]) -> Pack:
     sources: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
+    answers: list[int] = []
     at = 0
 
     def add(branch: Branch, parent_end: int, position: int, tree_weights: Iterator[float]) -> None:
@@ -119,6 +122,7 @@ def pack(trees: Sequence[Tree]) -> Pack:
         at += len(branch.ids)
         ends.append(at - 1)
         weight = next(tree_weights) if branch.answer else 0.0
+        answers.extend([branch.answer] if branch.answer else [])
         for index in range(branch.prompt, branch.prompt + branch.answer):
             sources.append(start + index - 1 if index else parent_end)
             targets.append(int(branch.ids[index]))
@@ -152,6 +156,7 @@ def pack(trees: Sequence[Tree]) -> Pack:
         pick=torch.from_numpy(pick.astype(np.int64)),
         targets=torch.tensor(targets, dtype=torch.int64),
         weights=torch.tensor(weights, dtype=torch.float32),
+        answers=torch.tensor(answers, dtype=torch.int64),
         patches=torch.from_numpy(np.concatenate([tree.patches for tree in trees])),
         grids=torch.tensor(
             [(1, rows, columns) for tree in trees for rows, columns in tree.grids], dtype=torch.int64
@@ -174,8 +179,12 @@ class Questions:
         fill: str = "black",
         weights: NDArray[np.float64] | None = None,
         per: str = "token",
+        labels: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        """`canvases` maps image keys; `weights` (questions,) are class weights; `per` as in the recipe."""
+        """`canvases` maps image keys; `weights` (questions,) are class weights; `per` as in the recipe.
+
+        `labels` are each question's possible answers, where it is to be asked which one is right.
+        """
         self.examples = examples
         self.chat = chat
         self.canvases = canvases
@@ -183,7 +192,14 @@ class Questions:
         self._kept: dict[str, Image.Image] = {}
         self.room = KEPT_BYTES
         """Bytes left for canvases to keep."""
+        self.labels = labels
         self.branches = chat.branches(examples)
+        self.asked = (
+            [branch.asked for branch in self.branches]
+            if labels is None
+            else chat.candidates(examples, labels)
+        )
+        """Each branch up to where the model is to answer, its labels as children."""
         answer_tokens = np.array([branch.answer for branch in self.branches], np.float64)
         question_weights = np.ones(len(examples)) if weights is None else weights
         self.token_weights = question_weights / answer_tokens if per == "question" else question_weights
@@ -197,7 +213,8 @@ class Questions:
         )
         shown = {example.image_key: example for example in examples}
         self.root_tokens = np.array([len(self._root(shown[key]).ids) for key in numbers], np.int64)
-        self.branch_tokens = np.array([len(branch.ids) for branch in self.branches], np.int64)
+        longest = self.branches if labels is None else self.asked
+        self.branch_tokens = np.array([branch.tokens for branch in longest], np.int64)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -209,11 +226,12 @@ class Questions:
         """
         example = self.examples[questions[0]]
         patches = [self.chat.patches(self._drawn(image)) for image in example.images]
-        branches = [self.branches[question] for question in questions]
+        branches = [(self.asked if asked else self.branches)[question] for question in questions]
+        weights = [float(self.token_weights[question]) for question in questions]
         return Tree(
             root=self._root(example),
-            branches=[branch.asked for branch in branches] if asked else branches,
-            weights=[float(self.token_weights[question]) for question in questions],
+            branches=branches,
+            weights=[1.0] * sum(len(branch.children) for branch in branches) if asked else weights,
             patches=np.concatenate(patches),
             grids=[self.canvases[image.key].grid(self.chat.folder.patch) for image in example.images],
         )

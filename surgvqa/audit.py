@@ -42,27 +42,85 @@ class Audit:
 
 
 def load_and_audit(
-    recipe: Recipe, special_tokens: Collection[str] = (), *, progress: bool = False
+    recipe: Recipe,
+    special_tokens: Collection[str] = (),
+    *,
+    evaluated: Collection[Part] | None = None,
+    progress: bool = False,
 ) -> tuple[Dataset, Audit]:
-    """A recipe's data and what is wrong with it. Raises BadInput where it cannot be read at all."""
+    """A recipe's data and what is wrong with it. Raises BadInput where it cannot be read at all.
+
+    `evaluated` are the parts to be evaluated; None for the recipe's own.
+    """
     dataset = load(recipe)
-    dataset = Dataset(dataset.examples, [*dataset.problems, *_prompts(recipe, dataset, special_tokens)])
+    evaluated = recipe.eval.parts if evaluated is None else evaluated
+    found = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
+    dataset = Dataset(dataset.examples, [*dataset.problems, *found])
     by, mode = recipe.data.split.by, recipe.image.mode
     return dataset, audit(dataset, mode=mode, by=by, special_tokens=special_tokens, progress=progress)
 
 
 def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) -> Iterator[Problem]:
-    """Instructions for types that the data does not have, and prompts that would break conversations."""
+    """Instructions and labels for types that the data does not have, and texts that would break
+    conversations."""
     types = {example.question_type for example in dataset.examples}
-    unused = sorted(recipe.prompt.instructions.keys() - types)
-    if unused and types:
-        what = f"no question has the type {_some(unused)}; the data has {', '.join(sorted(types))}"
-        yield Problem("prompt.instructions", what, warning=True)
-    texts = {f"prompt.instructions.{kind}": text for kind, text in recipe.prompt.instructions.items()}
+    by_type: dict[str, Mapping[str, str | Sequence[str]]]
+    by_type = {"prompt.instructions": recipe.prompt.instructions, "data.labels": recipe.data.labels}
+    for place, given in by_type.items():
+        unused = sorted(given.keys() - types)
+        if unused and types:
+            what = f"no question has the type {_some(unused)}; the data has {', '.join(sorted(types))}"
+            yield Problem(place, what, warning=True)
+    texts = {
+        f"{place}.{kind}": text if isinstance(text, str) else " ".join(text)
+        for place, given in by_type.items()
+        for kind, text in given.items()
+    }
     for place, text in {**texts, "prompt.system": recipe.prompt.system or ""}.items():
         for token in sorted(special_tokens):
             if token in text:
                 yield Problem(place, f"holds the special token {token}, which would break the conversation")
+
+
+def closed_set(recipe: Recipe, question_type: str) -> Sequence[str]:
+    """The answers that a question of a type can have: the recipe's, else the corpus's; empty if neither."""
+    return recipe.data.labels.get(question_type) or datasets.labels(recipe.data.format)
+
+
+def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> Iterator[Problem]:
+    """Types without a closed set of answers where one is needed, and answers outside of theirs.
+
+    An answer outside is an error where it is to be chosen: it could never be right. Elsewhere it is a
+    warning, of the sets that the recipe gives.
+    """
+    groups: dict[tuple[str, bool], list[Example]] = defaultdict(list)
+    for example in dataset.examples:
+        chosen = recipe.eval.answers == "labels" and example.split in evaluated
+        groups[example.question_type, chosen].append(example)
+    for kind, given in recipe.data.labels.items():
+        counts = Counter(map(normalise, given))
+        if alike := [label for label in given if counts[normalise(label)] > 1]:
+            yield Problem(f"data.labels.{kind}", f"{_some(alike)} count as the same answer; keep one of each")
+    without = []
+    for (kind, chosen), examples in sorted(groups.items()):
+        labels = closed_set(recipe, kind) if chosen else recipe.data.labels.get(kind, [])
+        if not labels:
+            without += [kind] * chosen
+            continue
+        known = set(map(normalise, labels))
+        outside = [example for example in examples if known.isdisjoint(map(normalise, example.answers))]
+        if outside:
+            counts = Counter(example.answers[0] for example in outside)
+            what = f"{_count(len(outside), 'answer')} of the type {kind} not among its labels"
+            cure = ", and so never right; mend data.labels or the data, or set eval.answers: generate"
+            yield Problem(outside[0].place, f"{what}: {_counted(counts)}{cure * chosen}", warning=not chosen)
+    if without:
+        yield Problem(
+            "eval.answers",
+            f"labels needs a closed set of answers of every question type; {', '.join(without)} "
+            f"{'has' if len(without) == 1 else 'have'} none. List the answers of each in the recipe, as "
+            f"data.labels.{without[0]}, or set eval.answers: generate",
+        )
 
 
 def load(recipe: Recipe) -> Dataset:
@@ -242,11 +300,9 @@ def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
             example.answers[0] for example in examples if trained.isdisjoint(map(normalise, example.answers))
         )
         if trained and unseen:
-            listed = ", ".join(f"{answer!r} ({count})" for answer, count in unseen.most_common(_SHOWN))
-            more = ", ..." if len(unseen) > _SHOWN else ""
             have = "has" if unseen.total() == 1 else "have"
             what = f"{unseen.total()} of {len(examples)} questions {have} an answer never seen in train"
-            yield Problem(part, f"{what}: {listed}{more}", warning=True)
+            yield Problem(part, f"{what}: {_counted(unseen)}", warning=True)
 
 
 def _conflicts(dataset: Dataset) -> Iterator[Problem]:
@@ -279,6 +335,11 @@ def _shown(results: Iterator[_Image | str], total: int, progress: bool) -> Itera
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _counted(answers: Counter[str]) -> str:
+    listed = ", ".join(f"{answer!r} ({count})" for answer, count in answers.most_common(_SHOWN))
+    return listed + (", ..." if len(answers) > _SHOWN else "")
 
 
 def _count(number: int, what: str) -> str:

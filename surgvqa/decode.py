@@ -1,9 +1,15 @@
-"""Greedy answers over trees: every branch of every image in a pack grows by one token per forward pass.
+"""Answers over trees: written by the model, or chosen among labels.
+
+Greedy answers: every branch of every image in a pack grows by one token per forward pass.
 
 prefill   root · Q1 · Q2 · Q3                 once, the image shared
 step 1    a1   b1   c1                        one new token per branch, which sees its branch,
 step 2    a2   b2   c2                        the root, and what it has said itself
 step 3    a3   ∎    c3                        branches that have ended drop out
+
+Labels: the possible answers of a question are children of its branch, all scored in one forward pass.
+
+          root · Q1 · yes ∎ · no ∎ · Q2 · none ∎ · one ∎ · two ∎
 """
 
 from __future__ import annotations
@@ -17,6 +23,9 @@ from transformers import DynamicCache
 
 from surgvqa.model import base, hidden_states
 from surgvqa.tree import Pack
+
+_ROWS = 256
+"""Places whose logits are in memory at once: 150 MiB in fp32 for a vocabulary of 152k tokens."""
 
 
 @torch.inference_mode()
@@ -71,3 +80,25 @@ def _visible_from(pack: Pack) -> Tensor:
     """(branches, tokens) true where the last token of a branch sees a token of the pack."""
     index = torch.arange(pack.tokens, device=pack.ids.device)
     return (index[None, :] <= pack.ends[:, None]) & (pack.ends[:, None] < pack.visible_until[None, :])
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Any, pack: Pack, *, attn: str = "sdpa", autocast: torch.dtype | None = None
+) -> Tensor:
+    """(answers,) fp64, on the CPU: of each answer of a pack, in depth-first order, in nats.
+
+    An answer's log-probability is the sum over its tokens and its end of turn, each from fp32 logits: what
+    it has as the answer of a row of its own.
+    """
+    qwen = base(model)
+    found = torch.empty(len(pack.targets), dtype=torch.float32, device=pack.ids.device)
+    with torch.autocast(pack.ids.device.type, autocast, enabled=autocast is not None):
+        hidden = hidden_states(model, pack, attn)[pack.keep]
+        for start in range(0, len(hidden), _ROWS):
+            logits = qwen.lm_head(hidden[start : start + _ROWS]).float()
+            here = ((pack.pick >= start) & (pack.pick < start + _ROWS)).nonzero()[:, 0]
+            row = pack.pick[here] - start
+            found[here] = logits[row, pack.targets[here]] - logits.logsumexp(-1)[row]
+    each = torch.split(found.double().cpu(), pack.answers.tolist())
+    return torch.stack([nats.sum() for nats in each])

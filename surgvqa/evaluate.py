@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -16,16 +17,20 @@ from rich.progress import Progress
 from rich.table import Table
 
 from surgvqa import checkpoint, metrics, processes, recipe
-from surgvqa.decode import greedy
+from surgvqa.datasets import Example
+from surgvqa.decode import greedy, log_probabilities
 from surgvqa.metrics import Prediction
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import Compute, main_first
 from surgvqa.recipe import BadInput, Part
-from surgvqa.tree import Questions, packs
+from surgvqa.tree import Pack, Questions, packs
 
 _TREES_AT_ONCE = 64
 """Trees per process that are shared out together; bounds the time that takes."""
+
+Probabilities = dict[str, float] | None
+"""Label → probability among the labels; None where the model wrote its answer."""
 
 
 def predict(
@@ -39,6 +44,7 @@ def predict(
 ) -> list[Prediction]:
     """Answer every question once, by all processes together; the same list, in order, on each of them.
 
+    A question that has labels gets the most probable one (of equals the first) and their probabilities.
     `advance` is called with the number of questions of each finished micro-batch of this process.
     """
     settings, world, device = prepared.recipe, accelerator.num_processes, accelerator.device
@@ -53,26 +59,48 @@ def predict(
     )
     was_training = network.training
     network.eval()
-    answered: list[tuple[int, str]] = []
+    answered: list[tuple[int, str, Probabilities]] = []
     workers = processes.data_workers(settings.data.workers, device)
     for micro_batch, pack in packs(questions, jobs, asked=True, workers=workers, cuda=device.type == "cuda"):
         asked = [question for tree in micro_batch for question in tree]
-        answers = greedy(
+        answers = _answers(network, prepared, questions, asked, pack.to(device), compute)
+        answered += [(number, *answer) for number, answer in zip(asked, answers, strict=True)]
+        advance(len(asked))
+    network.train(was_training)
+    return [
+        _prediction(questions.examples[number], answer, probabilities)
+        for number, answer, probabilities in sorted(gather_object(answered), key=lambda row: int(row[0]))
+    ]
+
+
+def _answers(
+    network: Any,
+    prepared: Prepared,
+    questions: Questions,
+    asked: Sequence[int],
+    pack: Pack,
+    compute: Compute,
+) -> list[tuple[str, Probabilities]]:
+    """The answer of each question of a pack, and where it was chosen among labels their probabilities."""
+    if questions.labels is None:
+        written = greedy(
             network,
-            pack.to(device),
+            pack,
             stop_ids=prepared.chat.stop_ids,
-            max_new_tokens=settings.eval.max_new_tokens,
+            max_new_tokens=prepared.recipe.eval.max_new_tokens,
             attn=compute.attn,
             autocast=compute.autocast,
         )
-        answered += zip(asked, map(prepared.chat.text, answers), strict=True)
-        advance(len(asked))
-    network.train(was_training)
-    return [_prediction(questions, number, answer) for number, answer in sorted(gather_object(answered))]
+        return [(prepared.chat.text(ids), None) for ids in written]
+    labels = [questions.labels[question] for question in asked]
+    nats = log_probabilities(network, pack, attn=compute.attn, autocast=compute.autocast)
+    return [
+        (own[int(scores.argmax())], dict(zip(own, scores.softmax(0).tolist(), strict=True)))
+        for own, scores in zip(labels, torch.split(nats, [len(own) for own in labels]), strict=True)
+    ]
 
 
-def _prediction(questions: Questions, number: int, answer: str) -> Prediction:
-    example = questions.examples[number]
+def _prediction(example: Example, answer: str, probabilities: Probabilities) -> Prediction:
     return Prediction(
         id=example.id,
         image=example.image_key,
@@ -81,6 +109,7 @@ def _prediction(questions: Questions, number: int, answer: str) -> Prediction:
         question_type=example.question_type,
         references=list(example.answers),
         answer=answer,
+        probabilities=probabilities,
     )
 
 
@@ -146,11 +175,11 @@ def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ())
     settings = recipe.load(folder / "recipe.yaml", overrides)
     processes.check_device(accelerator.device, settings.model.name)
     compute = processes.compute(settings.train.precision, settings.model.attn, accelerator.device)
-    prepared = prepare(settings, accelerator, progress=accelerator.is_main_process)
     part = part or settings.eval.final or "test"
+    prepared = prepare(settings, accelerator, evaluated=[part], progress=accelerator.is_main_process)
     if not prepared.dataset.part(part):
         raise BadInput(f"{run}: the data has no {part} part to evaluate; choose another with --split")
-    questions = prepared.questions(part)
+    questions = prepared.questions(part, asked=True)
     prepared.plan(questions)  # finds what cannot fit before the model loads
     network = prepared.network(folder).to(accelerator.device)
     result = examine(

@@ -22,9 +22,14 @@ class Prediction:
     question_type: str
     references: list[str]
     answer: str
+    probabilities: dict[str, float] | None = None
+    """Label → probability among the labels, where the answer was chosen among them."""
 
     def row(self) -> dict[str, Any]:
-        return asdict(self)
+        row = asdict(self)
+        if self.probabilities is None:
+            del row["probabilities"]
+        return row
 
 
 def normalise(answer: str) -> str:

@@ -9,6 +9,7 @@ Training, evaluation and `surgvqa show` begin with this, so they all see the sam
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from surgvqa import datasets, hub, letterbox, model
-from surgvqa.audit import Audit, condensed, load, load_and_audit
+from surgvqa.audit import Audit, closed_set, condensed, load, load_and_audit
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
 from surgvqa.processes import main_first
@@ -43,12 +44,16 @@ class Prepared:
     tokens_per_micro_batch: int | None = None
     """What was found to fit; None before that is known."""
 
-    def questions(self, part: Part, most: int | None = None) -> Questions:
-        """The questions of a part; with `most`, that many, of images drawn by the recipe's seed."""
+    def questions(self, part: Part, most: int | None = None, *, asked: bool = False) -> Questions:
+        """The questions of a part; with `most`, that many, of images drawn by the recipe's seed.
+
+        `asked`: to be answered as the recipe's eval.answers says, with labels or without.
+        """
         examples = self.dataset.part(part)
         if most is not None and most < len(examples):
             examples = _some(examples, most, self.recipe.train.seed)
         weights = self.answer_weights() if part == "train" else {}
+        chosen = asked and self.recipe.eval.answers == "labels"
         return Questions(
             examples,
             self.chat,
@@ -56,6 +61,7 @@ class Prepared:
             fill=self.recipe.image.fill,
             weights=np.array([weights[normalise(e.answers[0])] for e in examples]) if weights else None,
             per=self.recipe.loss.per,
+            labels=[closed_set(self.recipe, e.question_type) for e in examples] if chosen else None,
         )
 
     def plan(self, questions: Questions) -> Plan:
@@ -77,10 +83,11 @@ class Prepared:
         problems = []
         for question in plan.too_long():
             example, root = questions.examples[question], questions.root_tokens[questions.image[question]]
+            labels = f" with its {len(questions.labels[question])} labels" if questions.labels else ""
             problems.append(
-                f"{example.place}: question {example.id!r} cannot fit: {plan.tokens([question]):,} tokens "
-                f"({root:,} of them its image and system message) against batch.tokens_per_micro_batch "
-                f"{asked:,}"
+                f"{example.place}: question {example.id!r}{labels} cannot fit: "
+                f"{plan.tokens([question]):,} tokens ({root:,} of them its image and system message) "
+                f"against batch.tokens_per_micro_batch {asked:,}"
             )
         if problems:
             raise BadInput(problems)
@@ -131,11 +138,17 @@ class Prepared:
         return {} if kind == "none" else class_weights(answers, kind)
 
 
-def prepare(recipe: Recipe, accelerator: Accelerator | None = None, *, progress: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    *,
+    evaluated: Collection[Part] | None = None,
+    progress: bool = False,
+) -> Prepared:
     """Read and check everything but the weights, on every process.
 
-    Images are decoded by the main process alone, which tells the others. Raises BadInput with all errors
-    of data and model folder.
+    `evaluated` are the parts to be evaluated; None for the recipe's own. Images are decoded by the main
+    process alone, which tells the others. Raises BadInput with all errors of data and model folder.
     """
     image, settings = recipe.image, recipe.model
     loaded = []
@@ -156,7 +169,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator | None = None, *, progress:
         except BadInput as error:
             errors += error.problems
         try:
-            dataset, found = load_and_audit(recipe, special_tokens, progress=progress)
+            dataset, found = load_and_audit(recipe, special_tokens, evaluated=evaluated, progress=progress)
             loaded.append(dataset)
             errors += condensed(problem for problem in found.problems if not problem.warning)
         except BadInput as error:

@@ -128,8 +128,27 @@ class Data(_Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     split: Split = Split()
+    labels: dict[str, list[str]] = {}
+    """Question type → the closed set of its answers: `eval.answers: labels` chooses among them, and other
+    answers in the data are reported. A type that is not here has its corpus's own set, where there is one."""
     workers: int | None = Field(None, ge=0)
     """Processes that read images ahead, per training process; null: chosen from the cores at hand."""
+
+    @field_validator("labels")
+    @classmethod
+    def _closed_sets(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        sets = {kind: [label.strip() for label in labels] for kind, labels in value.items()}
+        wrong = []
+        for kind, labels in sets.items():
+            if not labels:
+                wrong.append(f"{kind} has none; list its answers or leave it out")
+            elif "" in labels:
+                wrong.append(f"{kind} has an empty one")
+            elif twice := sorted({label for label in labels if labels.count(label) > 1}):
+                wrong.append(f"{kind} has {', '.join(map(repr, twice))} more than once")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return sets
 
 
 class Prompt(_Section):
@@ -241,8 +260,16 @@ class Eval(_Section):
     """Keep the best checkpoint, and use it for the final evaluation."""
     final: Part | None = "test"
     """Part to evaluate when training ends; null: none."""
+    answers: Literal["generate", "labels"] = "generate"
+    """`generate`: the model writes its answer; `labels`: it chooses the most probable of its question type's
+    closed set, and predictions.jsonl gets the probability of each."""
     max_new_tokens: int = Field(64, ge=1)
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens (for `answers: generate`)."""
+
+    @property
+    def parts(self) -> set[Part]:
+        """The parts that training evaluates, on its way or at its end."""
+        return {part for part in (self.split if self.every else None, self.final) if part}
 
 
 class Checkpoint(_Section):

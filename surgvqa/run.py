@@ -24,8 +24,8 @@ RECORDS = ("metrics.jsonl", "eval.jsonl", "trace.jsonl")
 """Files with a line per step or evaluation."""
 
 HARMLESS = (
-    "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.workers", "model.attn",
-    "batch.tokens_per_micro_batch", "batch.trees", "train.checkpoint_layers", "train.compile",
+    "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.labels", "data.workers",
+    "model.attn", "batch.tokens_per_micro_batch", "batch.trees", "train.checkpoint_layers", "train.compile",
 )  # fmt: skip
 """Keys, or sections, that may differ between the runs of one experiment: they do not change what is
 learned. The training data itself is compared by its digest."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,11 @@ class Branch:
     answer: int
     """Supervised tokens: the answer and its end of turn."""
     children: tuple[Branch, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Length with all children."""
+        return len(self.ids) + sum(child.tokens for child in self.children)
 
     @property
     def asked(self) -> Branch:
@@ -190,6 +195,26 @@ class ChatTokens:
                 )
             made[pair] = Branch(ids, len(prompt), answer_end - len(prompt))
         return [made[pair] for pair in zip(questions, answers, strict=True)]
+
+    def candidates(self, examples: Sequence[Example], labels: Sequence[Sequence[str]]) -> list[Branch]:
+        """Each example asked, with one child for each of its labels: the label and its end of turn.
+
+        Root, branch and child are the tokens of the conversation in which the label is the answer, up to
+        that end. Raises BadInput as `branches` does.
+        """
+        keys = [
+            (self.question_text(example), tuple(own)) for example, own in zip(examples, labels, strict=True)
+        ]
+        first = dict(zip(reversed(keys), reversed(examples), strict=True))
+        answered = iter(
+            self.branches([replace(first[key], answers=(label,)) for key in first for label in key[1]])
+        )
+        made = {}
+        for key in first:
+            whole = [next(answered) for _ in key[1]]
+            children = (Branch(one.ids[one.prompt :][: one.answer], 0, one.answer) for one in whole)
+            made[key] = replace(whole[0].asked, children=tuple(children))
+        return [made[key] for key in keys]
 
     def conversation(self, example: Example) -> list[dict[str, Any]]:
         """The whole conversation as messages for the model's chat template."""

@@ -84,7 +84,7 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
     validation = _validation(prepared) if settings.eval.every else None
     final = None
     if settings.eval.final and prepared.dataset.part(settings.eval.final):
-        final = prepared.questions(settings.eval.final)
+        final = prepared.questions(settings.eval.final, asked=True)
         prepared.plan(final)
     total = settings.train.max_steps or settings.train.epochs * plan.steps_per_epoch
     if main:
@@ -268,7 +268,7 @@ def _validation(prepared: Prepared) -> Any:
             f"eval.every: the {settings.split} part holds no questions to evaluate on; "
             "set eval.every: null, or data.split.by to image or group with enough in data.split.val"
         )
-    questions = prepared.questions(settings.split, settings.questions)
+    questions = prepared.questions(settings.split, settings.questions, asked=True)
     prepared.plan(questions)
     return questions
 

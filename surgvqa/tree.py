@@ -75,6 +75,8 @@ class Pack:
     """(targets,) token ids."""
     weights: Tensor
     """(targets,) fp32."""
+    answers: Tensor
+    """(answers,) how many targets each answer has, in depth-first order."""
     patches: Tensor
     """(patches, values)"""
     grids: Tensor
@@ -118,6 +120,7 @@ def pack(trees: Sequence[Tree], *, multiple: int = 1) -> Pack:
     sources: list[NDArray[np.int64]] = []
     targets: list[NDArray[np.int32]] = []
     weights: list[NDArray[np.float32]] = []
+    answers: list[int] = []
     image_at: list[NDArray[Any]] = []
     at = 0
 
@@ -139,6 +142,7 @@ def pack(trees: Sequence[Tree], *, multiple: int = 1) -> Pack:
             sources.append(before)
             targets.append(branch.ids[answer])
             weights.append(np.full(branch.answer, next(tree_weights), np.float32))
+            answers.append(branch.answer)
         own_end = at - 1
         for child in branch.children:
             add(child, own_end, position + len(branch.ids), tree_weights)
@@ -178,6 +182,7 @@ def pack(trees: Sequence[Tree], *, multiple: int = 1) -> Pack:
         pick=torch.from_numpy(pick.astype(np.int64)),
         targets=torch.from_numpy(_joined(targets, np.int64)),
         weights=torch.from_numpy(_joined(weights, np.float32)),
+        answers=torch.tensor(answers, dtype=torch.int64),
         patches=torch.from_numpy(np.concatenate([tree.patches for tree in trees])),
         grids=torch.tensor(
             [(1, rows, columns) for tree in trees for rows, columns in tree.grids], dtype=torch.int64
@@ -223,8 +228,12 @@ class Questions:
         fill: str = "black",
         weights: NDArray[np.float64] | None = None,
         per: str = "token",
+        labels: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        """`canvases` maps image keys; `weights` (questions,) are class weights; `per` as in the recipe."""
+        """`canvases` maps image keys; `weights` (questions,) are class weights; `per` as in the recipe.
+
+        `labels` are each question's possible answers, where it is to be asked which one is right.
+        """
         self.examples = examples
         self.chat = chat
         self.canvases = canvases
@@ -232,7 +241,14 @@ class Questions:
         self._kept: dict[str, Image.Image] = {}
         self.room = KEPT_BYTES
         """Bytes left for canvases to keep."""
+        self.labels = labels
         self.branches = chat.branches(examples)
+        self.asked = (
+            [branch.asked for branch in self.branches]
+            if labels is None
+            else chat.candidates(examples, labels)
+        )
+        """Each branch up to where the model is to answer, its labels as children."""
         answer_tokens = np.array([branch.answer for branch in self.branches], np.float64)
         question_weights = np.ones(len(examples)) if weights is None else weights
         self.token_weights = question_weights / answer_tokens if per == "question" else question_weights
@@ -246,7 +262,8 @@ class Questions:
         )
         shown = {example.image_key: example for example in examples}
         self.root_tokens = np.array([chat.root_tokens(self._grids(shown[key])) for key in numbers], np.int64)
-        self.branch_tokens = np.array([len(branch.ids) for branch in self.branches], np.int64)
+        longest = self.branches if labels is None else self.asked
+        self.branch_tokens = np.array([branch.tokens for branch in longest], np.int64)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -258,11 +275,12 @@ class Questions:
         """
         example = self.examples[questions[0]]
         patches = [self.chat.patches(self._drawn(image)) for image in example.images]
-        branches = [self.branches[question] for question in questions]
+        branches = [(self.asked if asked else self.branches)[question] for question in questions]
+        weights = [float(self.token_weights[question]) for question in questions]
         return Tree(
             root=self.chat.root(self._grids(example)),
-            branches=[branch.asked for branch in branches] if asked else branches,
-            weights=[float(self.token_weights[question]) for question in questions],
+            branches=branches,
+            weights=[1.0] * sum(len(branch.children) for branch in branches) if asked else weights,
             patches=np.concatenate(patches),
             grids=[self.canvases[image.key].grid(self.chat.folder.patch) for image in example.images],
         )

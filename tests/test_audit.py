@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tracemalloc
 from dataclasses import replace
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from surgvqa.audit import Audit, audit, report
+from surgvqa import recipe
+from surgvqa.audit import Audit, audit, load_and_audit, report
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem, load
 from surgvqa.recipe import Part
 
@@ -169,6 +171,67 @@ def test_an_answer_with_a_reference_seen_in_train_is_seen(build: Builder) -> Non
     ref = build.examples[2].images[0]
     build.examples.append(Example("9", (ref,), "R?", ("no", "yes"), split="test", place="q.jsonl:9"))
     assert check(build.dataset()).problems == []
+
+
+def labelled(tmp_path: Path, *overrides: str) -> list[str]:
+    """What the audit says of labels: val and test are evaluated, and test has an answer like none other."""
+    rows = [
+        ("train", "count", "1"), ("train", "count", "many"), ("train", "yes_no", "yes"),
+        ("train", "where", "top"),
+        ("val", "count", ["several", "2."]), ("val", "yes_no", "no"),
+        ("test", "count", "3"), ("test", "count", "3"), ("test", "yes_no", "b; a"), ("test", "where", "left"),
+    ]  # fmt: skip
+    lines = []
+    for number, (part, kind, answer) in enumerate(rows):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        row = {"image": f"{number}.png", "question": f"Q{number}?", "answer": answer, "question_type": kind}
+        lines.append(json.dumps({**row, "split": part}) + "\n")
+    (tmp_path / "q.jsonl").write_text("".join(lines), encoding="utf-8")
+    text = f"""
+model: {{name: tiny-qwen3-vl}}
+data: {{format: jsonl, path: {tmp_path / "q.jsonl"}}}
+image: {{size: 96}}
+eval: {{every: 1}}
+output: runs/x
+"""
+    dataset, found = load_and_audit(recipe.parse(text, overrides))
+    assert len(dataset.examples) == len(rows)
+    said = report([problem for problem in found.problems if "never seen in train" not in problem.what])
+    return said.replace(str(tmp_path / "q.jsonl"), "q.jsonl").splitlines()[:-1]
+
+
+COUNTS = "data.labels.count=['1', '2', '2 or 1']"
+
+
+def test_answers_to_choose_among_must_be_there(tmp_path: Path) -> None:
+    assert labelled(tmp_path) == []
+    assert labelled(tmp_path, "eval.answers=labels", COUNTS, "data.labels.yes_no=[yes, no, a; b]") == [
+        "error: q.jsonl:7: 2 answers of the type count not among its labels: '3' (2), and so never right; "
+        "mend data.labels or the data, or set eval.answers: generate",
+        "error: eval.answers: labels needs a closed set of answers of every question type; where has none. "
+        "List the answers of each in the recipe, as data.labels.where, or set eval.answers: generate",
+        "warning: q.jsonl:2: 1 answer of the type count not among its labels: 'many' (1)",
+    ]
+    # Only val is evaluated, which has no question of the type where.
+    sets = [COUNTS, "data.labels.yes_no=[yes, no]"]
+    said = labelled(tmp_path, "eval.answers=labels", *sets, "eval.final=null")
+    assert [line.split(" not among")[0] for line in said] == [
+        "warning: q.jsonl:2: 3 answers of the type count",
+        "warning: q.jsonl:9: 1 answer of the type yes_no",
+    ]
+    none = labelled(tmp_path, "eval.answers=labels")
+    assert len(none) == 1
+    assert "count, where, yes_no have none" in none[0]
+
+
+def test_labels_are_looked_at_even_where_answers_are_generated(tmp_path: Path) -> None:
+    assert labelled(tmp_path, COUNTS, "data.labels.phase=[one, two]") == [
+        "warning: data.labels: no question has the type phase; the data has count, where, yes_no",
+        "warning: q.jsonl:2: 3 answers of the type count not among its labels: '3' (2), 'many' (1)",
+    ]
+    assert labelled(tmp_path, "data.labels.yes_no=[yes, no, a; b, b;a.]") == [
+        "error: data.labels.yes_no: a; b, b;a. count as the same answer; keep one of each"
+    ]
 
 
 def test_conflicting_answers(build: Builder) -> None:

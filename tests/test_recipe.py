@@ -82,6 +82,15 @@ train: {lr: fast, epochs: 1.5, precision: fp16}
         ("data: {format: csv, path: a.jsonl}", "data.format: is csv, but data.path ends in .jsonl"),
         ("data: {format: demo, revision: main}", "data.revision: is for a hub id"),
         ("eval: {every: 1, split: test}", "eval.keep_best: would choose the checkpoint on the part"),
+        (
+            "data: {format: demo, labels: {a: [x, ' x'], b: [], c: [''], d: [x, y]}}",
+            "data.labels: a has 'x' more than once; b has none; list its answers or leave it out; c has an",
+        ),
+        (
+            "data: {format: demo, labels: {count: [1, '2']}}",
+            "data.labels.count.0: input should be a valid string",
+        ),
+        ("eval: {answers: label}", "eval.answers: input should be 'generate' or 'labels', not 'label'"),
         ("train: {lr: 1e400}", "train.lr: input should be a finite number"),
         ("model: {name: tiny-qwen3-vl, revision: main}", "model.revision: tiny-qwen3-vl is no hub id"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,26 @@ def test_root_and_branch_are_the_conversation_of_the_chat_template(chat: ChatTok
         prompt = chat.tokenizer.decode(branch.ids[: branch.prompt])
         assert prompt == chat.question_text(example) + "<|im_end|>\n<|im_start|>assistant\n"
         assert chat.tokenizer.decode(branch.ids[branch.prompt + branch.answer :]) == "\n"
+
+
+def test_root_question_and_candidate_are_the_conversation_with_that_answer(chat: ChatTokens) -> None:
+    asked = [ask("How many?", "2", "count"), ask("How many?", "3"), ask("How many?", "1", "count")]
+    sets = [("2", "2 polyps"), ("none",), ("2", "2 polyps")]
+    branches = chat.candidates(asked, sets)
+    assert [len(branch.children) for branch in branches] == [2, 1, 2]
+    assert "A number." in chat.tokenizer.decode(branches[0].ids)
+    assert "A number." not in chat.tokenizer.decode(branches[1].ids)
+    root = chat.root([(1, 1)])
+    for example, own, branch in zip(asked, sets, branches, strict=True):
+        assert branch.answer == 0
+        for label, child in zip(own, branch.children, strict=True):
+            text = chat.render(chat.conversation(replace(example, answers=(label,))))
+            whole = chat.tokenizer(text.removesuffix("\n"), add_special_tokens=False)["input_ids"]
+            assert [*root.ids, *branch.ids, *child.ids] == whole
+            assert (child.prompt, child.answer) == (0, len(child.ids))
+    assert branches[0].tokens == len(branches[0].ids) + sum(len(child.ids) for child in branches[0].children)
+    with pytest.raises(BadInput, match=r"holds the special token <\|im_end\|>"):
+        chat.candidates(asked[:1], [("2", "<|im_end|>")])
 
 
 def test_instructions_follow_the_question_of_their_type(chat: ChatTokens) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import TOPICS, write_jsonl
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from surgvqa import checkpoint, evaluate, flops, hub, model, recipe, train, tree
 from surgvqa.memory import Fit
+from surgvqa.plan import trees_of
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Log
 from surgvqa.run import Records
@@ -204,6 +205,91 @@ def test_changed_image_bytes_are_changed_data(settings: Any) -> None:
     tree.Image.fromarray(changed).save(image)
     with pytest.raises(BadInput, match="the training data"):
         train.train(settings("train.max_steps=1"))
+
+
+# Answers chosen among labels.
+
+
+def closed(*kinds: str) -> list[str]:
+    """The recipe's closed sets for conftest's questions, of all types or of some."""
+    sets: dict[str, list[str]] = {}
+    for _, answers, kind in TOPICS:
+        sets[kind] = [*dict.fromkeys([*sets.get(kind, []), *answers])]
+    return [
+        "eval.answers=labels",
+        *(f"data.labels.{kind}={json.dumps(sets[kind])}" for kind in kinds or sets),
+    ]
+
+
+def predictions(run: Path, name: str = "predictions.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("family", ["tiny-qwen2-vl", "tiny-qwen3-vl"])
+def test_labels_are_chosen_during_training_and_at_its_end(
+    settings: Any, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(evaluate, "greedy", None)  # nothing is generated
+    words = [f"model.name={family}", *closed(), "eval.every=2", "eval.final=test"]
+    run = train.train(settings(*words))
+    rows = predictions(run)
+    assert len(rows) > 10
+    for row in rows:
+        assert list(row)[-2:] == ["answer", "probabilities"]
+        chances = row["probabilities"]
+        assert sum(chances.values()) == pytest.approx(1)
+        assert row["answer"] == max(chances, key=chances.__getitem__)
+        assert set(row["references"]) <= chances.keys()
+    assert len((run / "eval.jsonl").read_text().splitlines()) == 2
+
+    # The same from rows, when the finished run is evaluated again: its labels may change.
+    more = "data.labels.yes_no=[yes, no, perhaps]"
+    again = train.train(settings(*words, "batch.trees=false", "batch.tokens_per_micro_batch=150", more))
+    for old, new in zip(rows, predictions(again), strict=True):
+        odds = {label: chance for label, chance in new["probabilities"].items() if label != "perhaps"}
+        assert ("perhaps" in new["probabilities"]) is (new["question_type"] == "yes_no")
+        total = sum(odds.values())
+        assert {label: chance / total for label, chance in odds.items()} == pytest.approx(
+            old["probabilities"], rel=1e-5
+        )
+
+
+def test_evaluate_takes_labels_as_overrides(settings: Any) -> None:
+    run = train.train(
+        settings("model.tune=lora", "model.train_vision=false", "model.train_merger=false",
+                 "train.max_steps=1", "eval.final=test", "eval.max_new_tokens=3")
+    )  # fmt: skip
+    assert all("probabilities" not in row for row in predictions(run))
+    result = evaluate.evaluate(run, "val", closed())
+    assert result["overrides"] == closed()
+    assert all(row["probabilities"] for row in predictions(run, "predictions.val.jsonl"))
+
+
+def test_missing_labels_are_told_before_the_model_loads(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "build", None)
+    words = [*closed("yes_no", "count", "where", "which"), "data.labels.yes_no=[yes]", "eval.final=test"]
+    with pytest.raises(BadInput) as caught:
+        train.train(settings(*words))
+    outside, missing = sorted(caught.value.problems, key=lambda problem: "eval.answers: labels" in problem)
+    assert "of the type yes_no not among its labels: 'no' (" in outside
+    assert "colour, state have none. List the answers of each in the recipe, as data.labels.colour" in missing
+
+
+def test_lengths_count_every_label(settings: Any) -> None:
+
+    prepared = prepare(settings(*closed(), "eval.final=test"))
+    questions = prepared.questions("test", asked=True)
+    plan = prepared.plan(questions)
+    for tree_of in trees_of(questions.image):
+        assert questions.pack([tree_of], asked=True).tokens == plan.tokens(tree_of)
+    most = max(plan.tokens([question]) for question in range(len(questions)))
+    words = [*closed(), "eval.final=test", f"batch.tokens_per_micro_batch={most - 1}"]
+    short = prepare(settings(*words))
+    short.plan(prepared.questions("test"))  # without labels they fit
+    with pytest.raises(BadInput, match=r"question '\d+-\d' with its \d labels cannot fit"):
+        short.plan(questions)
 
 
 # Checkpoints as others load them.
@@ -410,3 +496,12 @@ def test_speed_is_told_by_questions_flops_and_share_of_the_peak(
     with Records(run, 0, 10_000, Log(), Console(width=80, force_terminal=True, file=terminal)) as records:
         records.step(**row)
     assert "loss 12.3456  lr 1.0e-04  123.4 q/s  444,240 q/GPU-h  MFU 39%" in terminal.getvalue(), "uncut"
+
+
+def test_a_corpus_brings_its_labels(settings: Any, tmp_path: Path) -> None:
+    """All 18 of EndoVis-18-VQA, whatever the question."""
+    words = as_endovis(Path(settings().data.path), tmp_path)
+    run = train.train(settings(*words, "eval.final=test", "eval.answers=labels", "batch.questions=4"))
+    rows = predictions(run)
+    assert {len(row["probabilities"]) for row in rows} == {18}
+    assert {row["question_type"] for row in rows} == {"organ", "state"}

@@ -227,6 +227,35 @@ def test_candidate_answers_as_children_cost_what_they_cost_alone(chat: ChatToken
             assert together.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("rows_at_once", [3, 256])
+def test_label_probabilities_equal_each_label_as_a_row_through_transformers(
+    chat: ChatTokens, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    monkeypatch.setattr(decode, "_ROWS", rows_at_once)
+    sets = [("2", "2 polyps", "none at all"), ("yes", "no"), ("upper left", "upper", "2"), ("no",)]
+    trees, number, expected = [], 0, []
+    reference = tiny(chat, sdpa=True)
+    for tree in forest(chat, [(3, [(4, 3)]), (1, [(2, 2)]), (2, [(2, 1), (1, 3)]), (1, [(1, 1)])])[0]:
+        asked = [example(number + i, len(tree.grids)) for i in range(len(tree.branches))]
+        labels = [sets[(number + i) % len(sets)] for i in range(len(asked))]
+        number += len(asked)
+        branches = chat.candidates(asked, labels)
+        trees.append(replace(tree, branches=branches, weights=[1.0] * sum(map(len, labels))))
+        for question, own in zip(asked, labels, strict=True):
+            for label in own:
+                row = Row(chat, replace(question, answers=(label,)), tree.patches, tree.grids)
+                with torch.no_grad():
+                    loss = reference(**row.inputs(row.ids), labels=row.labels).loss
+                expected.append(-float(loss) * int((row.labels != -100).sum()))
+    first, second = (child.ids[:-1].tolist() for child in trees[0].branches[0].children[:2])
+    assert second[: len(first)] == first  # one label begins as another does
+    found = decode.log_probabilities(tiny(chat), pack(trees))
+    assert len(set(expected)) == len(expected) == 17
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    flex = decode.log_probabilities(tiny(chat), pack(trees), attn="flex")
+    assert flex.tolist() == pytest.approx(expected, rel=1e-4)
+
+
 def test_positions_equal_the_models_own(chat: ChatTokens) -> None:
     trees, rows = forest(chat, [(2, [(4, 2)]), (1, [(2, 2), (3, 5)])])
     packed = pack(trees)

@@ -7,7 +7,8 @@ Each corpus is one module here with a function
     read(path: str | None, revision: str | None) -> Iterator[Example | Problem]
 
 that yields a good row as an Example and a bad one as a Problem, and raises BadInput only where nothing
-can be read at all. Nothing is dropped silently; no image is opened here.
+can be read at all. Nothing is dropped silently; no image is opened here. Where all answers of a corpus are
+one closed set, its module has them as the tuple LABELS.
 """
 
 from __future__ import annotations
@@ -100,6 +101,16 @@ class Dataset:
         return [example for example in self.examples if example.split == part]
 
 
+def labels(format: str) -> tuple[str, ...]:
+    """The closed set of a corpus's answers; empty where it has none."""
+    found: tuple[str, ...] = getattr(_module(format), "LABELS", ())
+    return found
+
+
+def _module(format: str) -> Any:
+    return importlib.import_module(f"surgvqa.datasets.{MODULES[format]}")
+
+
 def load(
     format: str,
     path: str | None,
@@ -114,11 +125,10 @@ def load(
 
     Raises BadInput where the data as a whole cannot be read; problems of rows are in the result.
     """
-    module = importlib.import_module(f"surgvqa.datasets.{MODULES[format]}")
     examples: list[Example] = []
     problems: list[Problem] = []
     first_place: dict[str, str] = {}
-    for row in module.read(path, revision):
+    for row in _module(format).read(path, revision):
         if isinstance(row, Problem):
             problems.append(row)
         elif row.id in first_place:

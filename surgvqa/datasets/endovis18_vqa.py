@@ -20,12 +20,13 @@ from surgvqa.recipe import BadInput, Part
 TRAIN = frozenset({2, 3, 4, 6, 7, 9, 10, 11, 12, 14, 15})
 TEST = frozenset({1, 5, 16})
 
-# Written as the corpus writes them: `Suction` is an action.
-LABELS = frozenset({
+# Written as the corpus writes them: `Suction` is an action. The authors' models choose among all 18,
+# whatever the question.
+LABELS = (
     "kidney", "Idle", "Grasping", "Retraction", "Tissue_Manipulation", "Tool_Manipulation", "Cutting",
     "Cauterization", "Suction", "Looping", "Suturing", "Clipping", "Staple", "Ultrasound_Sensing",
     "left-top", "right-top", "left-bottom", "right-bottom",
-})  # fmt: skip
+)  # fmt: skip
 
 _LAYOUT = (
     "seq_<number>/left_frames/*.png (or left_fr) and seq_<number>/vqa/Classification/*.txt (or Sentence)"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TOPICS
 
 from surgvqa import run as runs_folder
 from surgvqa import train
@@ -119,6 +120,33 @@ def test_the_answers_do_not_depend_on_processes(runs: Runs) -> None:
     assert json.loads((together / "scores.json").read_text()) == json.loads(
         (alone / "scores.json").read_text()
     )
+
+
+def test_label_probabilities_do_not_depend_on_processes(runs: Runs) -> None:
+    sets: dict[str, list[str]] = {}
+    for _, answers, kind in TOPICS:
+        sets[kind] = [*dict.fromkeys([*sets.get(kind, []), *answers])]
+    changes = [
+        "train.max_steps=1",
+        "eval.final=test",
+        "eval.answers=labels",
+        f"data.labels={json.dumps(sets)}",
+    ]
+    found = []
+    alone = runs.here("labels-alone", *changes)
+    done = runs.launched(
+        "labels-together",
+        ["accelerate.commands.launch", "--config_file", TWO_CPU],
+        *changes,
+        "batch.tokens_per_micro_batch=200",
+    )
+    assert done.returncode == 0, done.stderr
+    for run in (alone, runs.folder / "labels-together"):
+        rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+        found.append({row["id"]: row["probabilities"] for row in rows})
+    assert found[0].keys() == found[1].keys()
+    for question, probabilities in found[0].items():
+        assert found[1][question] == pytest.approx(probabilities, rel=1e-5)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])

@@ -29,6 +29,9 @@ from surgvqa.recipe import BadInput
 
 Ints = NDArray[np.int32]
 
+_PAIRS = 4096
+"""Questions with their answers that are tokenized together: bounds the memory that takes."""
+
 _QUESTION, _ANSWER = "\ufdd0question\ufdd1", "\ufdd0answer\ufdd1"  # noncharacters: in no real text
 
 
@@ -169,31 +172,36 @@ class ChatTokens:
         ]
         if problems:
             raise BadInput(problems)
-        pairs = dict.fromkeys(zip(questions, answers, strict=True))
-        prompts = [self._before + question + self._between for question, _ in pairs]
-        texts = [prompt + answer + self._after for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
+        first: dict[tuple[str, str], Example] = {}
+        for pair, example in zip(zip(questions, answers, strict=True), examples, strict=True):
+            first.setdefault(pair, example)
+        pairs, made = list(first), {}
         lead = self._encode([self._root_text])[0]
-        made = {}
-        for pair, text, ids, prompt, whole in zip(
-            pairs,
-            texts,
-            self._encode(texts),
-            self._encode(prompts),
-            self._encode([self._root_text + text for text in texts]),
-            strict=True,
-        ):
-            answer_end = int(np.flatnonzero(ids == self.end_of_turn)[-1]) + 1
-            if (
-                self.render(self._conversation(*pair)) != self._root_text + text
-                or not np.array_equal(np.concatenate([lead, ids]), whole)
-                or not np.array_equal(ids[: len(prompt)], prompt)
+        for start in range(0, len(pairs), _PAIRS):
+            some = pairs[start : start + _PAIRS]
+            prompts = [self._before + question + self._between for question, _ in some]
+            texts = [prompt + answer + self._after for prompt, (_, answer) in zip(prompts, some, strict=True)]
+            for pair, text, ids, prompt, whole in zip(
+                some,
+                texts,
+                self._encode(texts),
+                self._encode(prompts),
+                self._encode([self._root_text + text for text in texts]),
+                strict=True,
             ):
-                first = examples[list(zip(questions, answers, strict=True)).index(pair)]
-                raise BadInput(
-                    f"{first.place or first.id}: question and answer cannot be cut from their conversation: "
-                    f"{len(lead)} + {len(ids)} tokens against {len(whole)}, {len(prompt)} of them prompt"
-                )
-            made[pair] = Branch(ids, len(prompt), answer_end - len(prompt))
+                answer_end = int(np.flatnonzero(ids == self.end_of_turn)[-1]) + 1
+                if (
+                    self.render(self._conversation(*pair)) != self._root_text + text
+                    or not np.array_equal(np.concatenate([lead, ids]), whole)
+                    or not np.array_equal(ids[: len(prompt)], prompt)
+                ):
+                    where = first[pair].place or first[pair].id
+                    raise BadInput(
+                        f"{where}: question and answer cannot be cut from their conversation: "
+                        f"{len(lead)} + {len(ids)} tokens against {len(whole)}, "
+                        f"{len(prompt)} of them prompt"
+                    )
+                made[pair] = Branch(ids, len(prompt), answer_end - len(prompt))
         return [made[pair] for pair in zip(questions, answers, strict=True)]
 
     def candidates(self, examples: Sequence[Example], labels: Sequence[Sequence[str]]) -> list[Branch]:

@@ -243,12 +243,8 @@ class Questions:
         """Bytes left for canvases to keep."""
         self.labels = labels
         self.branches = chat.branches(examples)
-        self.asked = (
-            [branch.asked for branch in self.branches]
-            if labels is None
-            else chat.candidates(examples, labels)
-        )
-        """Each branch up to where the model is to answer, its labels as children."""
+        self.candidates = None if labels is None else chat.candidates(examples, labels)
+        """Each question with its labels as children."""
         answer_tokens = np.array([branch.answer for branch in self.branches], np.float64)
         question_weights = np.ones(len(examples)) if weights is None else weights
         self.token_weights = question_weights / answer_tokens if per == "question" else question_weights
@@ -262,8 +258,9 @@ class Questions:
         )
         shown = {example.image_key: example for example in examples}
         self.root_tokens = np.array([chat.root_tokens(self._grids(shown[key])) for key in numbers], np.int64)
-        longest = self.branches if labels is None else self.asked
-        self.branch_tokens = np.array([branch.tokens for branch in longest], np.int64)
+        self.branch_tokens = np.array(
+            [branch.tokens for branch in self.candidates or self.branches], np.int64
+        )
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -275,7 +272,11 @@ class Questions:
         """
         example = self.examples[questions[0]]
         patches = [self.chat.patches(self._drawn(image)) for image in example.images]
-        branches = [(self.asked if asked else self.branches)[question] for question in questions]
+        if asked and self.candidates:
+            branches = [self.candidates[question] for question in questions]
+        else:
+            branches = [self.branches[question] for question in questions]
+            branches = [branch.asked for branch in branches] if asked else branches
         weights = [float(self.token_weights[question]) for question in questions]
         return Tree(
             root=self.chat.root(self._grids(example)),

@@ -131,3 +131,25 @@ def test_steps_of_the_reference_experiment() -> None:
 
 def test_trees_of_keeps_order() -> None:
     assert trees_of(np.array([3, 1, 3, 0, 1])) == [[0, 2], [1, 4], [3]]
+
+
+def test_micro_batches_are_filled_before_another_is_begun() -> None:
+    """Kvasir-VQA's sizes: nine questions per image, 770 shared tokens, 8,192 at once."""
+    rng = np.random.default_rng(0)
+    _, image = np.unique(rng.integers(0, 1000, 9000), return_inverse=True)
+    plan = some_plan(
+        image=image.astype(np.int64),
+        branch_tokens=rng.integers(18, 46, 9000),
+        root_tokens=np.full(int(image.max()) + 1, 770),
+        questions=128,
+        questions_per_image=16,
+        tokens_per_micro_batch=8192,
+    )
+    filled = []
+    for step in range(plan.steps_per_epoch):
+        for mine in plan.share(plan.step(step), 2):
+            tokens = [sum(map(plan.tokens, micro_batch)) for micro_batch in mine]
+            assert len(tokens) <= -(-sum(tokens) // 8192) + 1, "as many as must be, or one more"
+            filled += [count / 8192 for count in tokens[:-1]]
+    assert filled
+    assert np.mean(filled) >= 0.9

@@ -54,7 +54,7 @@ def greedy(
         sees = _visible_from(pack)
         live = torch.arange(branches, device=device)
         position = pack.positions[0, 0, pack.ends] + 1
-        for _ in range(max_new_tokens):
+        for left in range(max_new_tokens, 0, -1):
             new = logits.argmax(-1)
             going = ~torch.isin(new, stops)
             live, new, sees, position = live[going], new[going], sees[going], position[going]
@@ -62,6 +62,8 @@ def greedy(
                 break
             for branch, token in zip(live.tolist(), new.tolist(), strict=True):
                 answers[branch].append(token)
+            if left == 1:
+                break
             sees = torch.cat([sees, torch.eye(len(live), dtype=torch.bool, device=device)], 1)
             logits = qwen(
                 input_ids=new[None],

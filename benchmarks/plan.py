@@ -117,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for size in given.sizes:
         row = order(size)
+        cost = f"{row['order_s']:.2f} s, {row['order_peak_mib']:.0f} MiB"
         print(
-            f"{size:>9,} questions: order of an epoch {row['order_s']:.2f} s, {row['order_peak_mib']:.0f} MiB; "
-            f"a step's share {row['share_ms_per_step']:.2f} ms"
+            f"{size:>9,} questions: order of an epoch {cost}; a step's share {row['share_ms_per_step']:.2f} ms"
         )
         rows.append(row)
     for name in SETTINGS:

@@ -1,0 +1,201 @@
+"""Results as charts and tables: `python -m benchmarks.charts` reads the files in benchmarks/results, draws
+docs/images and writes the tables between the markers of docs/benchmarks.md.
+
+Needs matplotlib: `pip install -e '.[bench]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+
+DOCS = RESULTS.parents[1] / "docs"
+FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen3_vl": "Qwen3-VL"}
+LOOKS = {
+    "trees": ("trees", "#0072b2", "o"),
+    "rows": ("trees: false", "#d55e00", "s"),
+    "plain": ("transformers' loop", "#555555", "^"),
+    "trl": ("TRL", "#cc79a7", "v"),
+}
+"""Label, colour (Okabe and Ito's, told apart without red and green) and marker of each way to train."""
+DECODE_LOOKS = {
+    "trees": LOOKS["trees"],
+    "rows": ("generate, row by row", "#d55e00", "s"),
+    "batches": ("generate, padded batches", "#555555", "^"),
+}
+
+
+_HEAD = (
+    "| Model | Questions per image | Way | Questions/s | Tokens/s | Real tokens | Peak memory | Trees are |"
+)
+_ALIGNED = "|---|--:|---|--:|--:|--:|--:|--:|--:|"
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Markdown tables of the results that there are, by the name of their marker."""
+    makers = {"train": _train_table, "decode": _decode_table, "data": _data_table}
+    return {
+        name: _where(content) + "\n\n" + maker(content["rows"])
+        for name, maker in makers.items()
+        if (content := _read(results, name))
+    }
+
+
+def filled(page: str, made: Mapping[str, str]) -> str:
+    """The page with each table between `<!-- name -->` and `<!-- /name -->`."""
+    for name, table in made.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        page = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page)  # type: ignore[misc]
+    return page
+
+
+def draw(results: Path, images: Path) -> list[Path]:
+    """Questions per second by questions per image, for training and decoding, as PNG files."""
+    images.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, looks in (("train", LOOKS), ("decode", DECODE_LOOKS)):
+        content = _read(results, name)
+        if content:
+            title = {"train": "Training", "decode": "Answering"}[name]
+            files.append(_chart(content["rows"], looks, title, images / f"benchmark_{name}.png"))
+    return files
+
+
+def _chart(
+    rows: Sequence[Mapping[str, Any]], looks: Mapping[str, tuple[str, str, str]], title: str, file: Path
+) -> Path:
+    """One panel for each family, a line for each way, bars from the slowest to the fastest round."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    families = [family for family in FAMILIES if any(row["family"] == family for row in rows)]
+    figure, panels = pyplot.subplots(
+        1, len(families), figsize=(4.4 * len(families), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, family in zip(panels[0], families, strict=True):
+        for way, (label, colour, marker) in looks.items():
+            found = [row for row in rows if row["family"] == family and row["way"] == way]
+            if not found:
+                continue
+            groups = [row["questions_per_image"] for row in found]
+            speed = [row["questions_per_s"] for row in found]
+            middle = [each["median"] for each in speed]
+            bars = [
+                [each["median"] - each["min"] for each in speed],
+                [each["max"] - each["median"] for each in speed],
+            ]
+            panel.errorbar(groups, middle, bars, color=colour, marker=marker, capsize=3, label=label)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xticks(sorted({row["questions_per_image"] for row in rows}))
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.set_title(f"{title}, {FAMILIES[family]}")
+        panel.set_xlabel("questions per image")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("questions per second")
+    panels[0][0].legend(frameon=False)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return file
+
+
+def _train_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [_HEAD + " Losses differ |", _ALIGNED]
+    for row in rows:
+        lines.append(
+            f"| {FAMILIES[row['family']]} | {row['questions_per_image']} | {LOOKS[row['way']][0]} "
+            f"| {_spread(row['questions_per_s'], 2)} | {row['tokens_per_s']['median']:,.0f} "
+            f"| {row['real_tokens_share']:.1%} | {row['peak_gib']:.2f} GiB | {_times(row)} "
+            f"| {row['loss_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def _decode_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [_HEAD + " Same answers |", _ALIGNED]
+    for row in rows:
+        lines.append(
+            f"| {FAMILIES[row['family']]} | {row['questions_per_image']} | {DECODE_LOOKS[row['way']][0]} "
+            f"| {_spread(row['questions_per_s'], 2)} | {row['tokens_per_s']['median']:,.0f} "
+            f"| {row['real_tokens_share']:.1%} | {row['peak_gib']:.2f} GiB | {_times(row)} "
+            f"| {row['same_answers']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def _data_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    workers = list(rows[0]["delivered"])
+    lines = [
+        "| Model | Source | Read, decode | Canvas | Patches | Together, one core "
+        + "".join(f"| {number} workers " for number in workers)
+        + "| Workers for 100 questions/s |",
+        "|---|---|--:|--:|--:|--:|" + "--:|" * len(workers) + "--:|",
+    ]
+    for row in rows:
+        stages = [_spread(speed, 1) for speed in row["stages"].values()]
+        arriving = [_spread(row["delivered"][number], 1) for number in workers]
+        width, height = row["source"]
+        cells = [
+            f"{FAMILIES[row['family']]}",
+            f"{width} × {height}",
+            *stages,
+            *arriving,
+            str(row["gpu_workers"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Mapping[str, float], digits: int) -> str:
+    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f}–{values['max']:.{digits}f})"
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    faster = row.get("trees_times_as_fast")
+    return f"{_spread(faster, 2)} × as fast" if faster else ""
+
+
+def _where(content: Mapping[str, Any]) -> str:
+    """The machine and versions of a result, as a sentence."""
+    machine = content["machine"]
+    processor = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    rounds = content["settings"].get("rounds")
+    return (
+        f"{content['date']}, {processor}, {machine['threads']} threads; {versions}. "
+        f"Median of {rounds} rounds, least and most in brackets."
+    )
+
+
+def _read(results: Path, name: str) -> dict[str, Any]:
+    file = results / f"{name}.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("benchmarks.charts", description=__doc__.partition(":")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of benchmarks.md and images/")
+    given = parser.parse_args(argv)
+    made = tables(given.results)
+    page = given.docs / "benchmarks.md"
+    page.write_text(filled(page.read_text(encoding="utf-8"), made), encoding="utf-8")
+    for table in made.values():
+        print(table, end="\n\n")
+    for file in draw(given.results, given.docs / "images"):
+        print(f"written: {file} ({file.stat().st_size / 1000:.0f} kB)")
+    print(f"written: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

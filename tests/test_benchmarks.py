@@ -1,0 +1,119 @@
+"""Each benchmark runs in seconds on tiny models, and the page holds what the committed results say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks are beside the package, not in it
+
+from benchmarks import charts, data, decode, peer, train  # noqa: E402
+from benchmarks.record import RESULTS  # noqa: E402
+
+TINY = ["--size", "tiny", "--canvas", "112", "--rounds", "2", "--device", "cpu"]
+
+
+def written(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["machine"]["cores"] >= 1
+    assert {"torch", "transformers"} <= content["machine"]["versions"].keys()
+    return content
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All three benchmarks, on both families."""
+    out = tmp_path_factory.mktemp("results")
+    assert train.main([*TINY, "--groups", "1", "8", "--one-process", "--out", str(out)]) == 0
+    assert decode.main([*TINY, "--groups", "8", "--one-process", "--out", str(out)]) == 0
+    small = ["--images", "2", "--rounds", "1", "--repeats", "1", "--workers", "0", "1", "--canvas", "112"]
+    assert data.main([*small, "--out", str(out)]) == 0
+    return out
+
+
+def test_training_ways_agree_on_the_loss_and_fill_every_row(results: Path) -> None:
+    rows = written(results / "train.json")["rows"]
+    assert [(row["family"], row["questions_per_image"], row["way"]) for row in rows] == [
+        (family, group, way)
+        for family in ("qwen2_vl", "qwen3_vl")
+        for group in (1, 8)
+        for way in ("trees", "rows", "plain")
+    ]
+    for row in rows:
+        assert row["loss_difference"] <= 1e-5
+        assert row["questions_per_s"]["min"] <= row["questions_per_s"]["median"]
+        assert row["peak_gib"] > 0.1
+        assert (row["real_tokens_share"] < 1) == (row["way"] == "plain")
+        assert ("trees_times_as_fast" in row) == (row["way"] != "trees")
+    tokens = {(row["family"], row["questions_per_image"], row["way"]): row["tokens"] for row in rows}
+    for family in ("qwen2_vl", "qwen3_vl"):
+        assert tokens[family, 1, "trees"] == tokens[family, 1, "rows"]
+        assert tokens[family, 8, "trees"] < tokens[family, 8, "rows"] < tokens[family, 8, "plain"]
+
+
+def test_adapters_agree_on_the_loss_too_and_processes_apart_have_peaks_of_their_own(tmp_path: Path) -> None:
+    lora = ["--groups", "8", "--families", "qwen3_vl", "--tune", "lora", "--steps", "2"]
+    assert train.main([*TINY, *lora, "--out", str(tmp_path)]) == 0
+    rows = written(tmp_path / "train.json")["rows"]
+    assert all(row["loss_difference"] <= 1e-5 for row in rows)
+    assert len({row["peak_gib"] for row in rows}) == 3
+    for losses in zip(*(row["losses"] for row in rows), strict=True):
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_decoding_ways_say_the_same(results: Path) -> None:
+    rows = written(results / "decode.json")["rows"]
+    assert [row["way"] for row in rows] == ["trees", "rows", "batches"] * 2
+    assert all(row["same_answers"] == 1 for row in rows)
+
+
+def test_data_measures_stages_and_workers_against_training(results: Path) -> None:
+    rows = written(results / "data.json")["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        speeds = [speed["median"] for speed in row["stages"].values()]
+        assert speeds[-1] < min(speeds[:-1])
+        assert row["delivered"].keys() == {"0", "1"}
+        assert row["training_images_per_s"].keys() == {"1", "8"}
+        assert row["gpu_workers"] >= 1
+
+
+def test_charts_and_tables(results: Path, tmp_path: Path) -> None:
+    page = "before\n<!-- train -->\nold\n<!-- /train -->\nafter\n"
+    made = charts.filled(page, charts.tables(results))
+    assert made.startswith("before\n<!-- train -->\n")
+    assert made.endswith("\n<!-- /train -->\nafter\n")
+    assert "old" not in made
+    assert made.count("| Qwen3-VL |") == 6
+    assert charts.filled(made, charts.tables(results)) == made
+    pytest.importorskip("matplotlib")
+    files = charts.draw(results, tmp_path)
+    assert [file.name for file in files] == ["benchmark_train.png", "benchmark_decode.png"]
+    assert all(file.stat().st_size < 60_000 for file in files)
+
+
+def test_the_page_holds_the_committed_results() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert charts.filled(page, charts.tables(RESULTS)) == page
+    for name in ("train", "decode", "data"):
+        assert f"<!-- {name} -->" in page
+
+
+def test_a_missing_peer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    if find_spec("trl") and find_spec("torchvision"):
+        assert peer.missing() is None
+        return
+    assert train.main(["--peer", "trl"]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_groups_that_do_not_fill_a_step_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--groups", "3"])
+    assert "must divide 16" in capsys.readouterr().err

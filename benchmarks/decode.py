@@ -56,9 +56,9 @@ def decode_trees(
     ]
     answers: dict[int, tuple[int, ...]] = {}
     tokens = 0
-    pin = device.type == "cuda"
+    cuda = device.type == "cuda"
     with stopwatch(device) as seconds:
-        for group, pack in packs(questions, jobs, asked=True, workers=workers, pin=pin):
+        for group, pack in packs(questions, jobs, asked=True, workers=workers, cuda=cuda):
             made = decode.greedy(
                 network,
                 pack.to(device),

@@ -118,9 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for size in given.sizes:
         row = order(size)
         cost = f"{row['order_s']:.2f} s, {row['order_peak_mib']:.0f} MiB"
-        print(
-            f"{size:>9,} questions: order of an epoch {cost}; a step's share {row['share_ms_per_step']:.2f} ms"
-        )
+        share = f"{row['share_ms_per_step']:.2f} ms"
+        print(f"{size:>9,} questions: order of an epoch {cost}; a step's share {share}")
         rows.append(row)
     for name in SETTINGS:
         row = fill(name)

@@ -79,7 +79,7 @@ def train_packs(
     weights = [sum(float(questions.total_weights[tree].sum()) for tree in trees) for trees in steps]
     losses, loss = [], 0.0
     with stopwatch(device) as seconds:
-        for (step, last), pack in packs(questions, jobs, workers=workers, pin=device.type == "cuda"):
+        for (step, last), pack in packs(questions, jobs, workers=workers, cuda=device.type == "cuda"):
             nats = loss_of(pack.to(device)) / weights[step]
             nats.backward()
             loss += nats.detach()

@@ -100,6 +100,11 @@ def tree_attention(
         if attention_mask is None:
             raise ValueError("tree attention needs a mask or a layout")
         return _masked(query, key, value, attention_mask[0, 0], scaling).transpose(1, 2), None
+    return _tree_by_tree(query, key, value, layout, scaling).transpose(1, 2), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # each other layout would be compiled anew
+def _tree_by_tree(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
     parts = []
     for start, root_end, end, mask in layout:
         rows, tree = slice(start, root_end), slice(start, end)
@@ -107,7 +112,7 @@ def tree_attention(
         if mask is not None:
             branches = query[:, :, root_end:end]
             parts.append(_masked(branches, key[:, :, tree], value[:, :, tree], mask, scaling))
-    return torch.cat(parts, 2).transpose(1, 2), None
+    return torch.cat(parts, 2)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -306,9 +306,17 @@ def recompute(model: Any, layers: int) -> None:
 
 
 def compile_layers(model: Any) -> None:
-    """Have torch.compile make kernels of each decoder layer, once for all lengths."""
+    """Have torch.compile make kernels of each decoder layer, once for all lengths; used while it trains.
+
+    In evaluation each layer would be compiled by itself, since it writes to its own place of the cache.
+    """
+
+    def either(layer: nn.Module, eager: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
+        return (compiled if layer.training else eager)(*args, **kwargs)
+
     for layer in decoder_layers(model):
-        layer.compile(dynamic=True)
+        eager = layer.forward
+        layer.forward = partial(either, layer, eager, torch.compile(eager, dynamic=True))
 
 
 def image_features(model: Any, patches: Tensor, grids: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -99,8 +99,6 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
     start, best = (resume.step, resume.best) if resume else (0, -math.inf)
     network = prepared.network(resume.folder if resume else None)
     network.train().to(device)
-    if settings.train.compile:
-        model.compile_layers(network)
     tree_loss = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
     fitting = memory.fit(
         tree_loss,
@@ -113,6 +111,8 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
     )
     prepared = replace(prepared, tokens_per_micro_batch=fitting.tokens_per_micro_batch)
     plan = prepared.plan(questions)
+    if settings.train.compile:
+        model.compile_layers(network)
     loss_of = accelerator.prepare(tree_loss)
     parameters = dict(model.trainable(network))
     optimizer = _optimizer(settings, parameters, fused=device.type == "cuda")

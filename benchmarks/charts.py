@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.record import RESULTS
@@ -39,7 +40,16 @@ _ALIGNED = "|---|--:|---|--:|--:|--:|--:|--:|--:|"
 
 def tables(results: Path) -> dict[str, str]:
     """Markdown tables of the results that there are, by the name of their marker."""
-    makers = {"train": _train_table, "decode": _decode_table, "data": _data_table}
+    makers = {
+        "train": _train_table,
+        "decode": _decode_table,
+        "labels": _labels_table,
+        "options": _options_table,
+        "data": _data_table,
+        "where": _where_table,
+        "plan": _plan_table,
+        "grouping": _grouping_table,
+    }
     return {
         name: _where(content) + "\n\n" + maker(content["rows"])
         for name, maker in makers.items()
@@ -132,6 +142,105 @@ def _decode_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _labels_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| Model | Questions per image | Way | Questions/s | Tokens | Peak memory | Trees are | Differ by |",
+        "|---|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        way = {"trees": "labels as branches", "rows": "a row for each label"}[row["way"]]
+        lines.append(
+            f"| {FAMILIES[row['family']]} | {row['questions_per_image']} | {way} "
+            f"| {_spread(row['questions_per_s'], 2)} | {row['tokens']:,} | {row['peak_gib']:.2f} GiB "
+            f"| {_times(row)} | {row['difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def _options_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| Model | Option | Questions/s | Peak memory | The default is | Losses differ |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {FAMILIES[row['family']]} | {row['way']} | {_spread(row['questions_per_s'], 2)} "
+            f"| {row['peak_gib']:.2f} GiB | {_times(row, 'default')} | {row['loss_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def _where_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    kinds = sorted({kind for row in rows for kind in row["kinds_s"]})
+    lines = [
+        "| Model | Pack, images drawn | Pack, first time | Compute "
+        + "".join(f"| {kind} " for kind in kinds)
+        + "|",
+        "|---|--:|--:|--:" + "|--:" * len(kinds) + "|",
+    ]
+    for row in rows:
+        whole = sum(row["kinds_s"].values())
+        shares = "".join(f"| {row['kinds_s'].get(kind, 0) / whole:.0%} " for kind in kinds)
+        lines.append(
+            f"| {FAMILIES[row['family']]} | {row['data_s']:.2f} s | {row['data_first_s']:.2f} s "
+            f"| {row['compute_s']:.2f} s {shares}|"
+        )
+    return "\n".join(lines)
+
+
+def _plan_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| Questions | Order of an epoch | Memory for it | Share of a step |", "|--:|--:|--:|--:|"]
+    lines += [
+        f"| {row['questions']:,} | {row['order_s']:.2f} s | {row['order_peak_mib']:.0f} MiB "
+        f"| {row['share_ms_per_step']:.2f} ms |"
+        for row in rows
+        if "order_s" in row
+    ]
+    lines += [
+        "",
+        "| Data, canvas, step | Micro-batches per step | Filled | Filled before a step's last |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        if "setting" in row:
+            before = row["filled_before_the_last"]
+            lines.append(
+                f"| {row['setting']} | {row['micro_batches_per_step']:.1f} | {row['filled']:.0%} "
+                f"| {f'{before:.0%}' if before else ''} |"
+            )
+    for row in rows:
+        if "tokenize_s" in row:
+            each = 1000 * row["tokenize_s"] / row["different_questions"]
+            lines += [
+                "",
+                f"{row['different_questions']:,} questions that are all different: tokenized and checked in "
+                f"{row['tokenize_s']:.1f} s, {each:.2f} ms each.",
+            ]
+    return "\n".join(lines)
+
+
+def _grouping_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| At the same | Questions per image | Questions trained on | Seconds | Exact match by seed | Mean |",
+        "|---|--:|--:|--:|---|--:|",
+    ]
+    groups = sorted({row["questions_per_image"] for row in rows}, reverse=True)
+    for compared in ("questions", "time"):
+        for group in groups:
+            found = [
+                row
+                for row in rows
+                if row["questions_per_image"] == group and (row["compared"] == compared or group == groups[0])
+            ]
+            exact = [100 * row["exact"] for row in found]
+            lines.append(
+                f"| {compared} | {group} | {fmean(row['questions'] for row in found):,.0f} "
+                f"| {fmean(row['seconds'] for row in found):.0f} "
+                f"| {', '.join(f'{value:.1f} %' for value in exact)} | {fmean(exact):.1f} % |"
+            )
+    return "\n".join(lines)
+
+
 def _data_table(rows: Sequence[Mapping[str, Any]]) -> str:
     workers = list(rows[0]["delivered"])
     lines = [
@@ -159,8 +268,8 @@ def _spread(values: Mapping[str, float], digits: int) -> str:
     return f"{values['median']:.{digits}f} ({values['min']:.{digits}f}–{values['max']:.{digits}f})"
 
 
-def _times(row: Mapping[str, Any]) -> str:
-    faster = row.get("trees_times_as_fast")
+def _times(row: Mapping[str, Any], first: str = "trees") -> str:
+    faster = row.get(f"{first}_times_as_fast")
     return f"{_spread(faster, 2)} × as fast" if faster else ""
 
 
@@ -170,10 +279,8 @@ def _where(content: Mapping[str, Any]) -> str:
     processor = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rounds = content["settings"].get("rounds")
-    return (
-        f"{content['date']}, {processor}, {machine['threads']} threads; {versions}. "
-        f"Median of {rounds} rounds, least and most in brackets."
-    )
+    repeated = f" Median of {rounds} rounds, least and most in brackets." if rounds else ""
+    return f"{content['date']}, {processor}, {machine['threads']} threads; {versions}.{repeated}"
 
 
 def _read(results: Path, name: str) -> dict[str, Any]:

@@ -1,126 +1,120 @@
 """Choosing among labels: `python -m benchmarks.labels` scores every label of every question of an image, as
 one tree and with each label in a row of its own, and holds the log-probabilities against each other.
 
-Both ways go through the same model and the same kernels, and the rows are packed without padding: what
-differs is only what is computed again. Repetitions alternate, and the ratio is taken within each. Reading
-the image and cutting it into patches is not timed.
+Both ways go through the same model and the same kernels, and rows are packed without padding: what differs is
+only what is computed again.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from benchmarks.record import RESULTS, spread, write
-from surgvqa import hub, model
-from surgvqa.datasets import Example, ImageRef
+from benchmarks.inputs import CANVAS, FAMILIES, SIZES, Setting, write_images, write_model
+from benchmarks.record import RESULTS, write
+from benchmarks.train import PACK
+from benchmarks.turns import Measured, in_turn, line, peak_gib, rows, stopwatch
 from surgvqa.datasets.endovis18_vqa import LABELS
 from surgvqa.decode import log_probabilities
-from surgvqa.letterbox import snap
-from surgvqa.tokens import ChatTokens
-from surgvqa.tree import Tree, pack
+from surgvqa.tree import Questions
 
-TOOLS = (
-    "bipolar forceps", "prograsp forceps", "large needle driver", "monopolar curved scissors",
-    "ultrasound probe", "suction", "clip applier", "stapler",
-)  # fmt: skip
 LIMIT = 1e-5
-"""Largest relative difference between the two ways, in fp32."""
+"""Largest relative difference between the two ways in fp32."""
 
 
-def ways(chat: ChatTokens, size: int, questions: int, most: int) -> dict[str, list[list[Tree]]]:
-    """The trees of each pack, for both ways; a pack has at most `most` tokens."""
-    folder = chat.folder
-    side = snap(size, folder.factor)
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    patches = chat.patches(Image.fromarray(noise))
-    root = chat.root([(side // folder.factor, side // folder.factor)])
-    texts = [f"{asked} {tool}?" for asked in ("what is the state of", "where is") for tool in TOOLS]
-    examples = [Example(text, (ImageRef("x"),), text, LABELS[:1]) for text in texts[:questions]]
-    answered = [replace(example, answers=(label,)) for example in examples for label in LABELS]
-
-    def tree(branches: Sequence[Any], answers: int) -> Tree:
-        grid = side // folder.patch, side // folder.patch
-        return Tree(root, branches, [1.0] * answers, patches, [grid])
-
-    whole = tree(chat.candidates(examples, [LABELS] * questions), len(answered))
-    rows = [tree([branch], 1) for branch in chat.branches(answered)]
-    longest = len(root.ids) + max(row.branches[0].tokens for row in rows)
-    each = most // longest
-    return {"tree": [[whole]], "rows": [rows[start : start + each] for start in range(0, len(rows), each)]}
+def trees(setting: Setting) -> Measured:
+    """All questions and labels of each image in one forward pass."""
+    asked = setting.questions()
+    questions = Questions(asked.examples, asked.chat, asked.canvases, labels=[LABELS] * len(asked))
+    per_image = range(0, len(questions), setting.per_image)
+    jobs = [[list(range(start, start + setting.per_image))] for start in per_image]
+    return _score(setting, questions, jobs, asked=True)
 
 
-def timed(network: Any, packs: list[list[Tree]]) -> tuple[float, int, Tensor]:
-    """Seconds in the model, tokens, and the log-probability of each label."""
-    seconds, tokens, found = 0.0, 0, []
-    for trees in packs:
-        packed = pack(trees)
-        began = time.perf_counter()
-        found.append(log_probabilities(network, packed))
-        seconds += time.perf_counter() - began
-        tokens += packed.tokens
-    return seconds, tokens, torch.cat(found)
+def rows_apart(setting: Setting) -> Measured:
+    """A row for each label, as many rows in a pass as a pack of training has tokens for."""
+    asked = setting.questions()
+    examples = [replace(each, answers=(label,)) for each in asked.examples for label in LABELS]
+    questions = Questions(examples, asked.chat, asked.canvases)
+    at_once = PACK // int(questions.root_tokens.max() + questions.branch_tokens.max())
+    numbers = [[number] for number in range(len(questions))]
+    jobs = [numbers[start : start + at_once] for start in range(0, len(numbers), at_once)]
+    return _score(setting, questions, jobs, asked=False)
 
 
-def measured(name: str, questions: int, size: int, most: int, repetitions: int) -> Iterator[dict[str, Any]]:
-    """A row for each repetition. Raises SystemExit where the two ways do not give the same numbers."""
-    folder = hub.find(name)
-    network = model.build(folder, seed=1)
-    packs = ways(ChatTokens(folder), size, questions, most)
-    timed(network, packs["tree"]), timed(network, packs["rows"][:1])  # warm
-    for repetition in range(repetitions):
-        order = ("tree", "rows") if repetition % 2 == 0 else ("rows", "tree")
-        found = {way: timed(network, packs[way]) for way in order}
-        (tree_seconds, tree_tokens, ours), (row_seconds, row_tokens, theirs) = found["tree"], found["rows"]
-        difference = float(((ours - theirs).abs() / theirs.abs()).max())
-        if not difference <= LIMIT:
-            raise SystemExit(f"{name}: log-probabilities differ by {difference:.1e} relative, above {LIMIT}")
-        yield {
-            "model": name,
-            "questions": questions,
-            "labels": len(LABELS),
-            "tree_seconds": tree_seconds,
-            "rows_seconds": row_seconds,
-            "ratio": row_seconds / tree_seconds,
-            "tree_tokens": tree_tokens,
-            "rows_tokens": row_tokens,
-            "max_relative_difference": difference,
-        }
+def _score(
+    setting: Setting, questions: Questions, jobs: Sequence[Sequence[Sequence[int]]], *, asked: bool
+) -> Measured:
+    device = torch.device(setting.device)
+    network = setting.network().eval()
+    attn = "flex" if device.type == "cuda" else "sdpa"
+    tokens, found = 0, []
+    with stopwatch(device) as seconds:
+        for job in jobs:
+            pack = questions.pack(job, asked=asked)
+            found += log_probabilities(
+                network, pack.to(device), attn=attn, autocast=setting.autocast
+            ).tolist()
+            tokens += pack.tokens
+    return Measured(
+        questions=len(setting.images) * setting.per_image,
+        seconds=seconds[0],
+        tokens=tokens,
+        padding=0,
+        nats=tuple(found),
+        peak_gib=peak_gib(device),
+    )
+
+
+WAYS = {"trees": trees, "rows": rows_apart}
+
+
+def difference(results: dict[str, list[Measured]]) -> float:
+    """Largest relative difference between the two ways' log-probabilities."""
+    ours, theirs = (torch.tensor(results[way][0].nats, dtype=torch.float64) for way in WAYS)
+    return float(((ours - theirs).abs() / theirs.abs()).max())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.labels", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["tiny-qwen2-vl", "tiny-qwen3-vl"])
-    parser.add_argument("--questions", type=int, nargs="+", default=[8, 1], help="per image, at most 16")
-    parser.add_argument("--size", type=int, default=768, help="side of the canvas")
-    parser.add_argument("--tokens", type=int, default=8192, help="most tokens in a pack of rows")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser = argparse.ArgumentParser("benchmarks.labels", description=__doc__.partition(":")[0])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--groups", type=int, nargs="+", default=(1, 8), help="questions per image")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
+    parser.add_argument("--canvas", type=int, default=CANVAS, help="side in pixels")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--one-process", action="store_true", help="all ways share one peak memory")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
-
-    rows: list[dict[str, Any]] = []
-    for name in given.models:
-        for questions in given.questions:
-            mine = list(measured(name, questions, given.size, given.tokens, given.repetitions))
-            ratio = spread([row["ratio"] for row in mine])
-            print(
-                f"{name}, {questions} questions, {len(LABELS)} labels: "
-                f"{ratio['median']:.1f}× as fast ({ratio['min']:.1f} to {ratio['max']:.1f}), "
-                f"{mine[0]['tree_tokens']:,} tokens against {mine[0]['rows_tokens']:,}, "
-                f"largest relative difference {max(row['max_relative_difference'] for row in mine):.1e}"
-            )
-            rows += mine
-    settings = {"size": given.size, "tokens": given.tokens, "repetitions": given.repetitions}
-    print(f"written: {write('labels', settings, rows, given.out)}")
+    precision = "bf16" if given.device.startswith("cuda") else "fp32"
+    table: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as parent:
+        images = write_images(1, Path(parent) / "images")
+        for family in given.families:
+            folder = write_model(family, given.size, Path(parent))
+            for group in given.groups:
+                setting = Setting(folder, images, group, given.canvas, given.device, precision)
+                warm_up = replace(setting, per_image=1)
+                results = in_turn(WAYS, setting, warm_up, given.rounds, apart=not given.one_process)
+                differ = difference(results)
+                made = rows(
+                    results, "trees",
+                    family=family, questions_per_image=group, labels=len(LABELS), difference=differ,
+                )  # fmt: skip
+                table += made
+                for row in made:
+                    print(line(row, "trees"), flush=True)
+                print(f"{'':9} log-probabilities differ by {differ:.1e} (relative)", flush=True)
+                if precision == "fp32" and differ > LIMIT:
+                    raise SystemExit(f"{family}: more than {LIMIT}")
+    settings = {key: getattr(given, key) for key in ("rounds", "size", "canvas", "device")}
+    print(f"written: {write('labels', settings, table, given.out)}")
     return 0
 
 

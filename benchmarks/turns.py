@@ -36,6 +36,8 @@ class Measured:
     """Mean nats per supervised token of each optimizer step."""
     answers: tuple[tuple[int, ...], ...] = ()
     """Token ids generated for each question."""
+    nats: tuple[float, ...] = ()
+    """Log-probability of each label of each question."""
     peak_gib: float = 0.0
     """Of the whole process; on a GPU, of its tensors."""
 

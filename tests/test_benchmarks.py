@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_jsonl
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are beside the package, not in it
 
-from benchmarks import charts, data, decode, peer, train  # noqa: E402
+from benchmarks import charts, data, decode, grouping, labels, options, peer, plan, train, where  # noqa: E402
 from benchmarks.record import RESULTS  # noqa: E402
 
 TINY = ["--size", "tiny", "--canvas", "112", "--rounds", "2", "--device", "cpu"]
@@ -34,6 +36,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert decode.main([*TINY, "--groups", "8", "--one-process", "--out", str(out)]) == 0
     small = ["--images", "2", "--rounds", "1", "--repeats", "1", "--workers", "0", "1", "--canvas", "112"]
     assert data.main([*small, "--out", str(out)]) == 0
+    few = ["--options", "all recomputed", "--families", "qwen3_vl", "--steps", "1"]
+    assert options.main([*TINY, *few, "--out", str(out)]) == 0
+    assert (
+        where.main(
+            ["--size", "tiny", "--canvas", "112", "--images", "1", "--device", "cpu", "--out", str(out)]
+        )
+        == 0
+    )
+    assert labels.main([*TINY, "--groups", "4", "--one-process", "--out", str(out)]) == 0
+    assert plan.main(["--sizes", "5000", "--tokenize", "50", "--out", str(out)]) == 0
     return out
 
 
@@ -73,6 +85,48 @@ def test_decoding_ways_say_the_same(results: Path) -> None:
     assert all(row["same_answers"] == 1 for row in rows)
 
 
+def test_labels_as_branches_get_what_rows_of_their_own_get(results: Path) -> None:
+    rows = written(results / "labels.json")["rows"]
+    assert [row["way"] for row in rows] == ["trees", "rows"] * 2
+    assert all(row["labels"] == 18 and row["difference"] <= 1e-5 for row in rows)
+    assert rows[0]["tokens"] < rows[1]["tokens"] / 5
+
+
+def test_a_steps_time_is_told_by_kinds(results: Path) -> None:
+    for row in written(results / "where.json")["rows"]:
+        assert {"attention", "matrix products", "optimizer"} <= row["kinds_s"].keys()
+        assert 0 < sum(row["kinds_s"].values()) <= 1.5 * row["compute_s"] * 2  # two threads at most
+        assert row["kinds_s"].get("other operators", 0) < 0.4 * sum(row["kinds_s"].values())
+    assert where.kind("aten::addmm") == "matrix products"
+    assert where.kind("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+
+
+def test_options_learn_the_same(results: Path) -> None:
+    rows = written(results / "options.json")["rows"]
+    assert [row["way"] for row in rows] == ["default", "all recomputed"]
+    assert all(row["loss_difference"] <= 1e-5 for row in rows)
+    assert rows[1]["default_times_as_fast"]["median"] > 0
+
+
+def test_grouping_gives_the_same_questions_or_the_same_time(tmp_path: Path) -> None:
+    """On a few questions of the demo's."""
+    recipe = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        recipe.replace("{format: demo}", f"{{format: jsonl, path: {write_jsonl(tmp_path / 'data')}}}")
+    )
+    words = ["--recipe", str(file), "--seeds", "1", "--groups", "4", "1", "--runs", str(tmp_path / "runs")]
+    small = ["train.epochs=2", "batch.questions=8", "eval.max_new_tokens=4", "image.size=96"]
+    assert grouping.main([*words, "--out", str(tmp_path), *small]) == 0
+    rows = written(tmp_path / "grouping.json")["rows"]
+    assert [(row["compared"], row["questions_per_image"]) for row in rows] == [
+        ("questions", 4), ("questions", 1), ("time", 1),
+    ]  # fmt: skip
+    assert rows[0]["questions"] == rows[1]["questions"] == 2 * 72
+    assert rows[2]["steps"] == max(1, round(rows[0]["steps"] * rows[0]["seconds"] / rows[1]["seconds"]))
+    assert "| time | 1 |" in charts.tables(tmp_path)["grouping"]
+
+
 def test_data_measures_stages_and_workers_against_training(results: Path) -> None:
     rows = written(results / "data.json")["rows"]
     assert len(rows) == 4
@@ -101,8 +155,11 @@ def test_charts_and_tables(results: Path, tmp_path: Path) -> None:
 def test_the_page_holds_the_committed_results() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert charts.filled(page, charts.tables(RESULTS)) == page
-    for name in ("train", "decode", "data"):
-        assert f"<!-- {name} -->" in page
+    for file in RESULTS.glob("*.json"):
+        assert f"<!-- {file.stem} -->" in page
+    assert {"train", "decode", "data", "labels", "options", "plan", "grouping", "where"} <= set(
+        re.findall(r"<!-- (\w+) -->", page)
+    )
 
 
 def test_a_missing_peer_is_named(capsys: pytest.CaptureFixture[str]) -> None:

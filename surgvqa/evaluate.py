@@ -19,6 +19,7 @@ from rich.table import Table
 from surgvqa import checkpoint, metrics, processes, recipe
 from surgvqa.datasets import Example
 from surgvqa.decode import greedy, log_probabilities
+from surgvqa.endings import Preempted, Stop
 from surgvqa.metrics import Prediction
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared, prepare
@@ -40,6 +41,7 @@ def predict(
     *,
     accelerator: Accelerator,
     compute: Compute,
+    stop: Stop | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Prediction]:
     """Answer every question once, by all processes together; the same list, in order, on each of them.
@@ -50,22 +52,36 @@ def predict(
     settings, world, device = prepared.recipe, accelerator.num_processes, accelerator.device
     plan = prepared.plan(questions)
     groups = trees_of(plan.image) if plan.trees else [[question] for question in range(len(questions))]
-    chunk = _TREES_AT_ONCE * world
+    starts = range(0, len(groups), _TREES_AT_ONCE * world)
     jobs = (
-        (micro_batch, micro_batch)
-        for start in range(0, len(groups), chunk)
-        for micro_batch in plan.share(groups[start : start + chunk], world)[accelerator.process_index]
+        ((chunk, micro_batch), micro_batch)
+        for chunk, start in enumerate(starts)
+        for micro_batch in plan.share(groups[start : start + starts.step], world)[accelerator.process_index]
         if micro_batch
     )
+    chunks_done = 0
+
+    def agree(chunk: int) -> None:
+        """All processes come to the end of each chunk, and leave together if any was asked to stop."""
+        nonlocal chunks_done
+        for chunks_done in range(chunks_done + 1, chunk + 1):
+            if stop is not None and processes.anywhere(accelerator, bool(stop)):
+                network.train(was_training)
+                raise Preempted("stopped while answering questions; the same command begins them again")
+
     was_training = network.training
     network.eval()
     answered: list[tuple[int, str, Probabilities]] = []
     workers = processes.data_workers(settings.data.workers, device)
-    for micro_batch, pack in packs(questions, jobs, asked=True, workers=workers, cuda=device.type == "cuda"):
+    for (chunk, micro_batch), pack in packs(
+        questions, jobs, asked=True, workers=workers, cuda=device.type == "cuda"
+    ):
+        agree(chunk)
         asked = [question for tree in micro_batch for question in tree]
         answers = _answers(network, prepared, questions, asked, pack.to(device), compute)
         answered += [(number, *answer) for number, answer in zip(asked, answers, strict=True)]
         advance(len(asked))
+    agree(len(starts))
     network.train(was_training)
     return [
         _prediction(questions.examples[number], answer, probabilities)
@@ -124,6 +140,7 @@ def examine(
     accelerator: Accelerator,
     compute: Compute,
     console: Console,
+    stop: Stop | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Answer a part's questions with the model of the checkpoint `folder`; write and print what came of it.
@@ -137,6 +154,7 @@ def examine(
             questions,
             accelerator=accelerator,
             compute=compute,
+            stop=stop,
             advance=lambda done: advance(done * accelerator.num_processes),
         )
     result = {**metrics.scores(predictions, prepared.prior()), "split": part, "checkpoint": folder.name}

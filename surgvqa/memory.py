@@ -20,6 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from surgvqa import model
 from surgvqa.loss import TreeLoss
 from surgvqa.plan import Group, Plan
+from surgvqa.processes import anywhere
 from surgvqa.recipe import BadInput
 from surgvqa.tree import BLOCK, Questions
 
@@ -154,5 +155,4 @@ def _peak(
         fits = fits and used <= MARGIN * free
         gc.collect()
         torch.cuda.empty_cache()
-    refused = accelerator.reduce(torch.tensor(float(not fits), device=device), "sum")
-    return None if refused.item() else used
+    return None if anywhere(accelerator, not fits) else used

@@ -93,6 +93,12 @@ def main_first(accelerator: Accelerator | None, work: Callable[[], Result]) -> R
     return result  # type: ignore[return-value]  # None only where Result has it
 
 
+def anywhere(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something is so on any process; the same answer on each."""
+    flag = torch.tensor(float(here), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum").item() > 0)
+
+
 @dataclass(frozen=True)
 class Compute:
     """How a recipe's model computes on a device."""

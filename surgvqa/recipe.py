@@ -231,6 +231,10 @@ class Train(_Section):
     checkpoint_layers: int | Literal["auto", "all"] = "auto"
     """How many decoder layers, the first, are recomputed in the backward pass to save memory, and with any
     of them the vision tower's blocks if it trains; `auto`: as few as must be."""
+    max_hours: float | None = Field(None, gt=0)
+    """Save and stop, as when asked by a signal, after so many hours of this start; null: never."""
+    peer_timeout: float = Field(300, ge=5)
+    """Seconds of silence after which another process of the run counts as lost."""
     compile: bool = False
     """Have torch.compile make kernels of the decoder layers."""
 

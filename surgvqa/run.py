@@ -7,15 +7,19 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from surgvqa import checkpoint, recipe
+from surgvqa import checkpoint, endings, recipe
+from surgvqa.lock import Lock
+from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Log, Recipe
 
 log = logging.getLogger("surgvqa")
@@ -23,9 +27,12 @@ log = logging.getLogger("surgvqa")
 RECORDS = ("metrics.jsonl", "eval.jsonl", "trace.jsonl")
 """Files with a line per step or evaluation."""
 
+ENDED, CHANGES = "ended.json", "changes.jsonl"
+
 HARMLESS = (
     "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.labels", "data.workers",
     "model.attn", "batch.tokens_per_micro_batch", "batch.trees", "train.checkpoint_layers", "train.compile",
+    "train.max_hours", "train.peer_timeout",
 )  # fmt: skip
 """Keys, or sections, that may differ between the runs of one experiment: they do not change what is
 learned. The training data itself is compared by its digest."""
@@ -41,31 +48,72 @@ class Resume:
     """The best score so far."""
     skipped: int
     """How many of the last steps had no finite gradients."""
+    settled: bool
+    """Whether the evaluation that was due at this step was made."""
 
 
-def claim(run: Path) -> None:
-    """Make sure that the folder can be written, and clear away what a killed run was still writing."""
+def claim(run: Path) -> Lock:
+    """Make the folder this run's own, and clear away what a killed run was still writing.
+
+    Raises BadInput where it cannot be written or belongs to a run that is going on.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        probe = run / ".probe"
-        probe.write_bytes(b"")
-        probe.unlink()
+        lock = Lock(run)
+        (run / ENDED).unlink(missing_ok=True)
+        checkpoint.remove_leftovers(run / "checkpoints")
     except OSError as error:
         raise BadInput(f"output: {run} cannot be written: {error.strerror}") from None
-    checkpoint.remove_leftovers(run / "checkpoints")
+    return lock
+
+
+@contextlib.contextmanager
+def owned(run: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run's folder, and leave in it how the run ended."""
+    locks: list[Lock] = []
+    main_first(accelerator, lambda: locks.append(claim(run)))
+    code, reason = 0, "done"
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and endings.is_storage(error):
+            full = f"{error.filename or run}: {error.strerror}; make room, and the same command goes on"
+            error = endings.StorageFailure(full)
+        code, reason = getattr(error, "exit_code", 1), str(error)
+        raise error
+    finally:
+        if accelerator.is_main_process:
+            end(run, code, reason)
+            locks[0].release()
+
+
+def end(run: Path, code: int, reason: str) -> None:
+    """Write `ended.json`: how the run ended, for scripts and for `surgvqa status`."""
+    content = {
+        "code": code,
+        "name": endings.NAMES.get(code, "failed"),
+        "reason": reason,
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    # A full disk must not hide what went wrong.
+    with contextlib.suppress(OSError):
+        checkpoint.write_json(run / ENDED, content)
 
 
 def clear(run: Path) -> None:
     """Remove what a former run left, and nothing else."""
     for name in ("checkpoints", "tensorboard", "profile"):
         shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("recipe.yaml", *RECORDS, "predictions*.jsonl", "scores*.json"):
+    for name in ("recipe.yaml", ENDED, CHANGES, *RECORDS, "predictions*.jsonl", "scores*.json"):
         for file in run.glob(name):
             file.unlink()
 
 
-def resumable(run: Path, settings: Recipe, fingerprint: str) -> Resume | None:
-    """The newest checkpoint that is whole. Raises BadInput where it is another experiment's."""
+def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: bool = False) -> Resume | None:
+    """The newest checkpoint that is whole. Raises BadInput where it is another experiment's.
+
+    With `accept_changes` it goes on all the same, and the differences are written to changes.jsonl.
+    """
     root = run / "checkpoints"
     folder, rejected = checkpoint.newest(root)
     for problem in rejected:
@@ -84,12 +132,25 @@ def resumable(run: Path, settings: Recipe, fingerprint: str) -> Resume | None:
         differences.append(
             "the training data: its questions, answers, order or images are not what they were"
         )
-    if differences:
-        cure = f"{folder} was trained otherwise; choose another output, or start over with --fresh --yes:"
-        raise BadInput([cure, *(f"  {difference}" for difference in differences)])
     step = int(state["step"])
+    if differences and not accept_changes:
+        cure = (
+            f"{folder} was trained otherwise; choose another output, start over with --fresh --yes, or go on "
+            "with the changes, which are recorded, with --accept-changes:"
+        )
+        raise BadInput([cure, *(f"  {difference}" for difference in differences)])
+    if differences:
+        with (run / CHANGES).open("a", encoding="utf-8") as file:
+            _append(file, {"after_step": step, "changes": differences})
+        log.warning("warning: going on after step %d with changes: %s", step, "; ".join(differences))
     top = checkpoint.best(root, up_to=step)
-    return Resume(step, folder, checkpoint.score(top) if top else -math.inf, int(state["skipped"]))
+    return Resume(
+        step,
+        folder,
+        checkpoint.score(top) if top else -math.inf,
+        int(state["skipped"]),
+        bool(state["settled"]),
+    )
 
 
 def _harmless(key: str) -> bool:

@@ -27,25 +27,21 @@ from torch import nn
 
 from surgvqa import checkpoint, evaluate, hub, memory, metrics, model, processes, recipe
 from surgvqa.banner import banner
+from surgvqa.endings import Ending, NumericFailure, Preempted, Stop, leave_code
 from surgvqa.flops import Speed
 from surgvqa.loss import TreeLoss
+from surgvqa.peers import Peers
 from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Recipe
-from surgvqa.run import Records, claim, clear, resumable
+from surgvqa.run import Records, clear, owned, resumable
 from surgvqa.tree import packs
 
 log = logging.getLogger("surgvqa")
 
 MOST_SKIPPED = 10
 """So many steps in a row without finite gradients end the run."""
-
-
-class NumericFailure(Exception):
-    """Gradients stayed non-finite; the message names the last good checkpoint."""
-
-    exit_code = 5
 
 
 @dataclass(frozen=True)
@@ -58,23 +54,37 @@ class Job:
     """1, or 0 where it is here only to keep the processes in step."""
 
 
-def train(settings: Recipe, *, fresh: bool = False) -> Path:
+def train(settings: Recipe, *, fresh: bool = False, accept_changes: bool = False) -> Path:
     """Run a recipe from start, or from its last checkpoint, to end; returns the run's folder.
 
-    Raises BadInput before the model loads for anything that a person must mend, NumericFailure where
-    gradients stay non-finite.
+    Raises BadInput before the model loads for anything that a person must mend, else one of the endings
+    of surgvqa/endings.py, on all processes alike.
     """
-    accelerator = processes.start(settings.model.name)
-    run = _train(settings, fresh, accelerator)
-    processes.stop(accelerator)
+    run, ending = Path(settings.output), None
+    with Stop(settings.train.max_hours) as stop:
+        accelerator = processes.start(settings.model.name)
+        with owned(run, accelerator), Peers(accelerator, settings.train.peer_timeout, run) as peers:
+            try:
+                _train(settings, run, fresh, accept_changes, accelerator, stop, peers)
+            except Preempted as error:
+                ending = Preempted(str(error))  # without the frames, which hold the wrapped model
+            processes.stop(accelerator)
+            if ending:
+                raise ending
     return run
 
 
-def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
+def _train(
+    settings: Recipe,
+    run: Path,
+    fresh: bool,
+    accept_changes: bool,
+    accelerator: Accelerator,
+    stop: Stop,
+    peers: Peers,
+) -> None:
     main, world, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     console = Console(quiet=not main)
-    run = Path(settings.output)
-    main_first(accelerator, lambda: claim(run))
 
     # The data, and everything that can be wrong with it.
     compute = processes.compute(settings.train.precision, settings.model.attn, device)
@@ -95,7 +105,7 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
     if fresh:
         main_first(accelerator, lambda: clear(run))
     fingerprint = prepared.fingerprint()
-    resume = main_first(accelerator, lambda: resumable(run, settings, fingerprint))
+    resume = main_first(accelerator, lambda: resumable(run, settings, fingerprint, accept_changes))
     start, best = (resume.step, resume.best) if resume else (0, -math.inf)
     network = prepared.network(resume.folder if resume else None)
     network.train().to(device)
@@ -123,15 +133,40 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
     for line in banner(prepared, questions, plan, network, accelerator, compute, fitting, total, start):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    def save(step: int, score: float | None) -> None:
+    def save(step: int, score: float | None, settled: bool) -> None:
+        """`settled`: whether the evaluation that was due at this step was made."""
         with checkpoint.writing(run / "checkpoints", step, keep=settings.checkpoint.keep) as folder:
             model.save(network, folder)
             hub.copy_processor(prepared.folder, folder)
             checkpoint.save_optimizer(folder / "optimizer.safetensors", optimizer, parameters)
             checkpoint.write_text(folder / "recipe.yaml", settings.dump())
-            state = {"step": step, "data": fingerprint, "score": score, "skipped": skipped}
+            state = {
+                "step": step,
+                "data": fingerprint,
+                "score": score,
+                "skipped": skipped,
+                "settled": settled,
+            }
             checkpoint.write_json(folder / checkpoint.STATE, state)
 
+    def settle(step: int) -> None:
+        """Evaluate and save after a step, where it is time for either."""
+        nonlocal best, saved
+        score = None
+        if validation and (step % evaluate_every == 0 or step == total):
+            answers = evaluate.predict(
+                network, prepared, validation, accelerator=accelerator, compute=compute, stop=stop
+            )
+            result = metrics.scores(answers, prior)["overall"]
+            records.evaluation(step, settings.eval.split, result)
+            score = result[settings.eval.metric] if settings.eval.keep_best else None
+        improved = score is not None and score > best
+        best = max(best, score if score is not None else -math.inf)
+        if improved or step == total or step % (settings.checkpoint.every or total) == 0:
+            main_first(accelerator, lambda: save(step, score, settled=True))
+            saved = step
+
+    saved = start
     skipped, prior = resume.skipped if resume else 0, prepared.prior()
     speed = Speed(network, questions, device, settings.train.precision, world)
     evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
@@ -145,72 +180,78 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
         )
     )
     with Records(run, start, total, settings.log, console) as records:
-        for step in range(start, total):
-            began = time.perf_counter()
-            trees = plan.step(step)
-            asked = [question for tree in trees for question in tree]
-            weight = float(questions.total_weights[asked].sum())
-            # Dropout's numbers depend on the step and the process, so no random state needs saving.
-            torch.manual_seed(_seed(settings.train.seed, step, accelerator.process_index))
-            nats = torch.zeros((), dtype=torch.float64, device=device)
-            for job, pack in micro_batches:
-                with contextlib.nullcontext() if job.last else accelerator.no_sync(loss_of):
-                    pack_nats = loss_of(pack.to(device)) * job.share
-                    # DDP averages over processes; the sum over all of them is what the weight divides.
-                    (pack_nats * (world / weight)).backward()
-                nats += pack_nats.detach().double()
-                if job.last:
-                    break
+        step = start
+        try:
+            if processes.anywhere(accelerator, bool(stop)):
+                raise Preempted
+            if resume and not resume.settled:
+                settle(start)
+            for step in range(start, total):
+                began = time.perf_counter()
+                trees = plan.step(step)
+                asked = [question for tree in trees for question in tree]
+                weight = float(questions.total_weights[asked].sum())
+                # Dropout's numbers depend on the step and the process, so no random state needs saving.
+                torch.manual_seed(_seed(settings.train.seed, step, accelerator.process_index))
+                nats = torch.zeros((), dtype=torch.float64, device=device)
+                for job, pack in micro_batches:
+                    with contextlib.nullcontext() if job.last else accelerator.no_sync(loss_of):
+                        pack_nats = loss_of(pack.to(device)) * job.share
+                        # DDP averages over processes; the sum over all of them is what the weight divides.
+                        (pack_nats * (world / weight)).backward()
+                    nats += pack_nats.detach().double()
+                    if job.last:
+                        break
 
-            norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-            nats = accelerator.reduce(nats, "sum")
-            loss, grad_norm = torch.stack([nats / weight, norm.double()]).tolist()
-            finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            factor = lr_factor(step, total, settings.train.warmup, settings.train.schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            if finite:
-                nn.utils.clip_grads_with_norm_(parameters.values(), settings.train.max_grad_norm, norm)
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+                stopping = torch.full_like(nats, float(bool(stop)))
+                nats, stopping = accelerator.reduce(torch.stack([nats, stopping]), "sum")
+                loss, grad_norm, stopping = torch.stack([nats / weight, norm.double(), stopping]).tolist()
+                finite = math.isfinite(loss) and math.isfinite(grad_norm)
+                factor = lr_factor(step, total, settings.train.warmup, settings.train.schedule)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
+                if finite:
+                    nn.utils.clip_grads_with_norm_(parameters.values(), settings.train.max_grad_norm, norm)
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
-            seconds = time.perf_counter() - began
-            step += 1  # from here on: steps done
-            records.step(
-                step=step,
-                epoch=step / plan.steps_per_epoch,
-                loss=loss,
-                lr=optimizer.param_groups[0]["lr"],
-                grad_norm=grad_norm,
-                questions=len(asked),
-                tokens=sum(map(plan.tokens, trees)),
-                seconds=seconds,
-                **speed.of(trees, seconds),
-            )
-            ids = [questions.examples[question].id for question in asked]
-            records.trace(step, ids, int(questions.answer_tokens[asked].sum()), loss)
-            skipped = 0 if finite else skipped + 1
-            if skipped:
-                log.warning("step %d: gradients not finite, no update; questions %s", step, ", ".join(ids))
-            if skipped == MOST_SKIPPED:
-                raise NumericFailure(
-                    f"{skipped} steps in a row without finite gradients, the last at step {step}. "
-                    f"The last good checkpoint: {checkpoint.newest(run / 'checkpoints')[0] or 'none yet'}. "
-                    "Look at the questions named above, or lower train.lr"
+                seconds = time.perf_counter() - began
+                step += 1  # from here on: steps done
+                records.step(
+                    step=step,
+                    epoch=step / plan.steps_per_epoch,
+                    loss=loss,
+                    lr=optimizer.param_groups[0]["lr"],
+                    grad_norm=grad_norm,
+                    questions=len(asked),
+                    tokens=sum(map(plan.tokens, trees)),
+                    seconds=seconds,
+                    **speed.of(trees, seconds),
                 )
+                ids = [questions.examples[question].id for question in asked]
+                records.trace(step, ids, int(questions.answer_tokens[asked].sum()), loss)
+                skipped = 0 if finite else skipped + 1
+                if skipped:
+                    log.warning(
+                        "step %d: gradients not finite, no update; questions %s", step, ", ".join(ids)
+                    )
+                if skipped == MOST_SKIPPED:
+                    raise NumericFailure(
+                        f"{skipped} steps in a row without finite gradients, the last at step {step}. "
+                        f"The last good checkpoint: {checkpoint.newest(run / 'checkpoints')[0] or 'none yet'}. "
+                        "Look at the questions named above, or lower train.lr"
+                    )
 
-            score = None
-            if validation and (step % evaluate_every == 0 or step == total):
-                answers = evaluate.predict(
-                    network, prepared, validation, accelerator=accelerator, compute=compute
-                )
-                result = metrics.scores(answers, prior)["overall"]
-                records.evaluation(step, settings.eval.split, result)
-                score = result[settings.eval.metric] if settings.eval.keep_best else None
-            improved = score is not None and score > best
-            best = max(best, score if score is not None else -math.inf)
-            if improved or step == total or step % (settings.checkpoint.every or total) == 0:
-                main_first(accelerator, lambda done=step, score=score: save(done, score))  # type: ignore[misc]
+                peers.done(step)
+                if stopping:
+                    raise Preempted
+                settle(step)
+        except Preempted:
+            if step > saved:
+                main_first(accelerator, lambda: save(step, None, settled=False))
+            why = f" ({stop.reason})" if stop.reason else ""
+            raise Preempted(f"stopped after step {step}{why}; the same command goes on") from None
 
     if final and settings.eval.final:
         folder = main_first(accelerator, lambda: evaluate.chosen_checkpoint(run))
@@ -230,11 +271,11 @@ def _train(settings: Recipe, fresh: bool, accelerator: Accelerator) -> Path:
             accelerator=accelerator,
             compute=compute,
             console=console,
+            stop=stop,
         )
     elif settings.eval.final:
         console.print(f"not evaluated: the {settings.eval.final} part holds no questions")
     console.print(f"run folder: {run}", soft_wrap=True)
-    return run
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
@@ -306,7 +347,7 @@ def _interval(every: float | None, steps_per_epoch: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad recipe or data, 5 gradients not finite, 130 stopped by Ctrl-C."""
+    """Returns an exit code of surgvqa/endings.py."""
     parser = argparse.ArgumentParser(
         "surgvqa train", description="Train a recipe; the same command again resumes a run that was stopped."
     )
@@ -315,6 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", metavar="N|all", help="with `surgvqa train`: GPUs of this machine to use")
     parser.add_argument("--fresh", action="store_true", help="start over, deleting what a former run left")
     parser.add_argument("--yes", action="store_true", help="confirm --fresh")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="go on though recipe or data changed, and record how"
+    )
     given = parser.parse_intermixed_args(argv)
     try:
         if given.gpus:
@@ -324,19 +368,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = recipe.load(given.recipe, given.overrides)
         if given.fresh and not given.yes:
             raise BadInput(f"--fresh deletes the run in {settings.output}; add --yes to confirm")
-        train(settings, fresh=given.fresh)
+        train(settings, fresh=given.fresh, accept_changes=given.accept_changes)
     except BadInput as error:
-        return recipe.explain(error)
-    except NumericFailure as error:
+        return leave_code(recipe.explain(error))
+    except Ending as error:
         log.error("%s", error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        last = checkpoint.newest(Path(settings.output) / "checkpoints")[0]
-        log.error(
-            "stopped; the same command goes on from %s", last or "the start: no checkpoint was saved yet"
-        )
-        return 130
-    return 0
+        return leave_code(error.exit_code)
+    return leave_code(0)
 
 
 if __name__ == "__main__":

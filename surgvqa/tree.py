@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from surgvqa.datasets import Example, ImageRef
+from surgvqa.endings import ignore_signals
 from surgvqa.letterbox import Canvas, draw, open_rgb
 from surgvqa.recipe import BadInput
 from surgvqa.tokens import Branch, ChatTokens, Root
@@ -334,6 +335,7 @@ def packs(
         sampler=jobs,
         num_workers=workers,
         collate_fn=_unchanged,
+        worker_init_fn=ignore_signals,
         pin_memory=cuda,
         generator=torch.Generator(),  # or it would draw from the numbers that dropout takes
     )

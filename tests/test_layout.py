@@ -15,9 +15,9 @@ from surgvqa import recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
-    "demo", "recipe", "datasets", "letterbox", "metrics", "audit", "hub", "tokens", "tree", "plan",
-    "attention", "model", "flops", "loss", "memory", "checkpoint", "decode", "processes", "prepare",
-    "evaluate", "banner", "run", "train", "show", "launch", "cli",
+    "demo", "recipe", "endings", "datasets", "letterbox", "metrics", "audit", "hub", "tokens", "tree",
+    "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint", "decode",
+    "prepare", "evaluate", "banner", "lock", "run", "peers", "train", "show", "launch", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = ["demo.scenes", "recipe", "datasets", "letterbox", "audit", "hub", "metrics", "launch", "cli"]

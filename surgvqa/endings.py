@@ -1,0 +1,128 @@
+"""How a run ends: the exit codes, what asks it to stop, and what it leaves for others to read.
+
+    0  done
+    2  bad recipe, data or folder (BadInput)
+    3  storage: a disk is full, or cannot be written
+    4  preempted: asked to stop and saved; the same command goes on
+    5  numeric: gradients stayed non-finite
+    6  peer lost: another process of the run died or is stuck
+
+`accelerate launch` and `torchrun` end with 1 whatever the processes' own code was. So the main process also writes
+its code to `ended.json` in the run's folder, and to the file that the variable SURGVQA_EXIT_FILE names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+PREEMPTED, STORAGE, NUMERIC, PEER_LOST = 4, 3, 5, 6
+NAMES = {
+    0: "done", 1: "failed", 2: "bad input", STORAGE: "storage", PREEMPTED: "preempted",
+    NUMERIC: "numeric", PEER_LOST: "peer lost",
+}  # fmt: skip
+
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
+
+
+class Ending(Exception):
+    """A run that cannot go on, or may not; the message says why and what to do."""
+
+    exit_code = 1
+
+
+class Preempted(Ending):
+    exit_code = PREEMPTED
+
+
+class StorageFailure(Ending):
+    exit_code = STORAGE
+
+
+class NumericFailure(Ending):
+    exit_code = NUMERIC
+
+
+class PeerLost(Ending):
+    exit_code = PEER_LOST
+
+
+def is_storage(error: OSError) -> bool:
+    """Whether it is the disk that failed, not the program."""
+    return error.errno in _STORAGE_ERRORS
+
+
+class Stop:
+    """Whether this process was asked to stop: by a signal, by its launcher's death, or by time. Use with `with`.
+
+    A second signal ends the process at once. One that comes within SAME seconds is taken for the first,
+    which launchers pass on to processes that have it already.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SAME = 3.0
+
+    def __init__(self, max_hours: float | None = None) -> None:
+        self.reason: str | None = None
+        self.since = 0.0
+        self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+
+    def __enter__(self) -> Stop:
+        self.before = {number: signal.signal(number, self._asked) for number in self.SIGNALS}
+        if _launched():
+            _tell_of_parents_death()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
+            self.reason = "train.max_hours is over"
+        return self.reason is not None
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is None:
+            self.reason, self.since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.since > self.SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def ignore_signals(worker: int) -> None:
+    """For data workers: they end with the process that they work for, after it has saved."""
+    for number in Stop.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _launched() -> bool:
+    """Whether a launcher, which should not be outlived, started this process."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"accelerate" in parent and b"launch" in parent
+
+
+def _tell_of_parents_death() -> None:
+    """Have Linux send SIGTERM when the launcher dies, which would else leave this process behind."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def leave_code(code: int) -> int:
+    """Write the main process's exit code where a batch script asked for it; returns it."""
+    file = os.environ.get("SURGVQA_EXIT_FILE")
+    if file and os.environ.get("RANK", "0") == "0":
+        Path(file).write_text(f"{code}\n", encoding="ascii")
+    return code

@@ -1,0 +1,120 @@
+"""The processes of a run watch each other: a dead or stuck one ends the others, who say which it was.
+
+Each process has a thread that tells the others every second, through a store of its own, that it lives and which
+step it last finished. The thread of a stopped process stops too; that of a dead one is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.distributed import TCPStore
+
+from surgvqa.endings import PEER_LOST, PeerLost, leave_code
+from surgvqa.run import end
+
+log = logging.getLogger("surgvqa")
+
+EVERY = 1.0
+"""Seconds between two signs of life."""
+SUSPECT = 5.0
+"""Seconds of silence that explain a failed exchange."""
+
+
+class Peers:
+    """The other processes, watched until `leave`."""
+
+    def __init__(self, accelerator: Accelerator, patience: float, run: Path) -> None:
+        """`patience`: seconds of silence after which a process is lost, and this one ends with the code for it,
+        whatever its main thread waits for; the main process writes that into the folder `run`."""
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.patience, self.run, self.step = patience, run, 0
+        self._ended = threading.Event()
+        self._seen: dict[int, tuple[str, float]] = {}
+        self._thread: threading.Thread | None = None
+        if self.world == 1:
+            return
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        wait = timedelta(seconds=patience)
+        port = [0]
+        if accelerator.is_main_process:
+            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
+            port = [self._store.port]
+        broadcast_object_list(port)
+        if not accelerator.is_main_process:
+            self._store = TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=wait)
+        self._tell()
+        accelerator.wait_for_everyone()
+        self._seen = {rank: ("", time.monotonic()) for rank in range(self.world) if rank != self.rank}
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+
+    def done(self, step: int) -> None:
+        """Tell that a step is finished."""
+        self.step = step
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Stop watching. Raises PeerLost where an exchange failed because another process is silent."""
+        if isinstance(error, RuntimeError):
+            self._explain(error)
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _explain(self, error: Exception) -> None:
+        until = time.monotonic() + 2 * SUSPECT
+        while self._thread is not None and time.monotonic() < until:
+            if message := self._silent(SUSPECT):
+                raise PeerLost(message) from error
+            time.sleep(EVERY / 4)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(EVERY):
+            try:
+                self._tell()
+                self._listen()
+            except RuntimeError:  # the main process held the store
+                if not self._ended.is_set():
+                    self._seen[0] = (self._seen.get(0, ("", 0.0))[0], float("-inf"))
+            if not self._ended.is_set() and (message := self._silent(self.patience)):
+                time.sleep(SUSPECT)  # the main thread may find out by itself, and say so better
+                if not self._ended.is_set():
+                    log.error("%s", message)
+                    if self.rank == 0:
+                        end(self.run, PEER_LOST, message)
+                    os._exit(leave_code(PEER_LOST))
+
+    def _tell(self) -> None:
+        sign = f"{time.monotonic()} {self.step} {socket.gethostname()} {os.getpid()}"
+        self._store.set(f"sign/{self.rank}", sign)
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        for rank, (known, _) in list(self._seen.items()):
+            sign = self._store.get(f"sign/{rank}").decode()
+            if sign != known:
+                self._seen[rank] = (sign, now)
+
+    def _silent(self, seconds: float) -> str | None:
+        """What to say of the process that has been silent for longest, if for so long."""
+        if not self._seen:
+            return None
+        rank, (sign, heard) = min(self._seen.items(), key=lambda item: item[1][1])
+        if time.monotonic() - heard < seconds:
+            return None
+        _, step, host, pid = sign.split() if sign else ("", "0", "an unknown machine", "?")
+        return (
+            f"process {rank} (pid {pid} on {host}) is gone or stuck; the last step it finished was {step}. Its own "
+            "log, above or in its node's file, tells more. The same command goes on from the last checkpoint"
+        )

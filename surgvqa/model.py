@@ -67,9 +67,16 @@ def build(
     if weights is None and folder.tiny:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = cls(AutoConfig.from_pretrained(folder.path)).to(dtype)
+            model = cls(AutoConfig.from_pretrained(folder.path))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)  # rotary frequencies stay fp32, as when loaded
     else:
         model = _load_whole(cls, weights or with_weights(folder), folder.name, dtype)
+    return equip(model)
+
+
+def equip(model: Any) -> Any:
+    """Give transformers' model, in place, tree attention and the patch embedding as a matrix product."""
     embed = model.model.visual.patch_embed
     embed.proj = PatchProjection(embed.proj)
     for index, layer in enumerate(_deepstack_layers(model)):

@@ -114,6 +114,17 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.parametrize("name", hub.TINY_MODELS)
+def test_rotary_frequencies_stay_fp32_in_bf16(name: str) -> None:
+    network, reference = model.build(hub.find(name), dtype=torch.bfloat16), model.build(hub.find(name))
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    buffers = dict(network.named_buffers())
+    assert any("inv_freq" in key for key in buffers)
+    for key, buffer in reference.named_buffers():
+        assert buffers[key].dtype == buffer.dtype
+        assert torch.equal(buffers[key], buffer)
+
+
 # Folders laid out like the real ones: the hub's names of weights, several shards.
 
 HUB_NAMES = {

@@ -169,6 +169,9 @@ def adapt(
         for module in model.modules():
             if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
                 module.original_module = nn.Identity()  # the untrained twin would only take memory
+            if hasattr(module, "cast_input_dtype_enabled"):
+                # PEFT would copy each adapter's input to fp32, for autocast to copy it back to bf16 and keep.
+                module.cast_input_dtype_enabled = False
         # Others load the adapter onto this: a hub id, not wherever its files lie on this machine.
         model.peft_config["default"].base_model_name_or_path = name
         model.peft_config["default"].revision = revision

@@ -125,6 +125,24 @@ def test_rotary_frequencies_stay_fp32_in_bf16(name: str) -> None:
         assert torch.equal(buffers[key], buffer)
 
 
+def test_adapters_take_their_input_as_it_is_under_autocast() -> None:
+    network = model.adapt(
+        model.build(hub.find("tiny-qwen2-vl"), dtype=torch.bfloat16),
+        tune="lora",
+        train_vision=False,
+        train_merger=False,
+        modules=["q_proj"],
+    )
+    layer = model.decoder_layers(network)[0].self_attn.q_proj
+    taken: list[torch.dtype] = []
+    layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(torch.randn(1, 3, layer.in_features, dtype=torch.bfloat16))
+    assert taken == [torch.bfloat16]
+    assert out.dtype == torch.bfloat16
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+
+
 # Folders laid out like the real ones: the hub's names of weights, several shards.
 
 HUB_NAMES = {

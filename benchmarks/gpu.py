@@ -284,7 +284,8 @@ def trees(
 def step_seconds(
     bench: Bench, loss_of: TreeLoss, questions: Questions, order: Plan, total: int
 ) -> tuple[list[float], float]:
-    """Seconds of each timed step, data included, and how many of them were spent waiting for data.
+    """Seconds of each timed step, data included, and for how many of them the host waited for data, while the
+    device may have been busy.
 
     Steps end early, with at least one timed, where the time budget does.
     """

@@ -232,7 +232,8 @@ class Train(_Section):
     """How many decoder layers, the first, are recomputed in the backward pass to save memory, and with any
     of them the vision tower's blocks if it trains; `auto`: as few as must be."""
     compile: bool = False
-    """Have torch.compile make kernels of the decoder layers."""
+    """Have torch.compile make kernels of the decoder layers; for FlexAttention, with `attn: sdpa` most steps
+    run as without."""
 
     @field_validator("checkpoint_layers", mode="before")
     @classmethod

@@ -232,8 +232,7 @@ class Train(_Section):
     """How many decoder layers, the first, are recomputed in the backward pass to save memory, and with any
     of them the vision tower's blocks if it trains; `auto`: as few as must be."""
     compile: bool = False
-    """Have torch.compile make kernels of the decoder layers; for FlexAttention, with `attn: sdpa` most steps
-    run as without."""
+    """Have torch.compile make kernels of the decoder layers for training; the first steps take longer."""
 
     @field_validator("checkpoint_layers", mode="before")
     @classmethod

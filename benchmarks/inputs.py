@@ -136,7 +136,10 @@ def plain_model(folder: hub.Folder, dtype: torch.dtype = torch.float32, seed: in
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model.model_class(folder.family)(AutoConfig.from_pretrained(folder.path)).to(dtype).eval()
+        network = model.model_class(folder.family)(AutoConfig.from_pretrained(folder.path))
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return network.eval()
 
 
 def write_model(family: str, size: str, parent: Path) -> Path:

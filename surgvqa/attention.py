@@ -93,7 +93,9 @@ def tree_attention(
     # Rotary positions and norms of fp32 masters leave queries and keys in fp32 under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(attention_mask, BlockMask):
-        kernel = _compiled_flex() if query.is_cuda else flex_attention
+        # Inside a compiled layer it is compiled as a part of that.
+        alone = query.is_cuda and not torch.compiler.is_compiling()
+        kernel = _compiled_flex() if alone else flex_attention
         out = kernel(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
     if layout is None:

@@ -67,9 +67,16 @@ def build(
     if weights is None and folder.tiny:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = cls(AutoConfig.from_pretrained(folder.path)).to(dtype)
+            model = cls(AutoConfig.from_pretrained(folder.path))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)  # rotary frequencies stay fp32, as when loaded
     else:
         model = _load_whole(cls, weights or with_weights(folder), folder.name, dtype)
+    return equip(model)
+
+
+def equip(model: Any) -> Any:
+    """Give transformers' model, in place, tree attention and the patch embedding as a matrix product."""
     embed = model.model.visual.patch_embed
     embed.proj = PatchProjection(embed.proj)
     for index, layer in enumerate(_deepstack_layers(model)):
@@ -162,6 +169,9 @@ def adapt(
         for module in model.modules():
             if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
                 module.original_module = nn.Identity()  # the untrained twin would only take memory
+            if hasattr(module, "cast_input_dtype_enabled"):
+                # PEFT would copy each adapter's input to fp32, for autocast to copy it back to bf16 and keep.
+                module.cast_input_dtype_enabled = False
         # Others load the adapter onto this: a hub id, not wherever its files lie on this machine.
         model.peft_config["default"].base_model_name_or_path = name
         model.peft_config["default"].revision = revision

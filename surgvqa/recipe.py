@@ -236,7 +236,7 @@ class Train(_Section):
     peer_timeout: float = Field(300, ge=5)
     """Seconds of silence after which another process of the run counts as lost."""
     compile: bool = False
-    """Have torch.compile make kernels of the decoder layers."""
+    """Have torch.compile make kernels of the decoder layers for training; the first steps take longer."""
 
     @field_validator("checkpoint_layers", mode="before")
     @classmethod

@@ -114,6 +114,35 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.parametrize("name", hub.TINY_MODELS)
+def test_rotary_frequencies_stay_fp32_in_bf16(name: str) -> None:
+    network, reference = model.build(hub.find(name), dtype=torch.bfloat16), model.build(hub.find(name))
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    buffers = dict(network.named_buffers())
+    assert any("inv_freq" in key for key in buffers)
+    for key, buffer in reference.named_buffers():
+        assert buffers[key].dtype == buffer.dtype
+        assert torch.equal(buffers[key], buffer)
+
+
+def test_adapters_take_their_input_as_it_is_under_autocast() -> None:
+    network = model.adapt(
+        model.build(hub.find("tiny-qwen2-vl"), dtype=torch.bfloat16),
+        tune="lora",
+        train_vision=False,
+        train_merger=False,
+        modules=["q_proj"],
+    )
+    layer = model.decoder_layers(network)[0].self_attn.q_proj
+    taken: list[torch.dtype] = []
+    layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(torch.randn(1, 3, layer.in_features, dtype=torch.bfloat16))
+    assert taken == [torch.bfloat16]
+    assert out.dtype == torch.bfloat16
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+
+
 # Folders laid out like the real ones: the hub's names of weights, several shards.
 
 HUB_NAMES = {

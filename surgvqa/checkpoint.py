@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from surgvqa.endings import StorageFailure
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _OWN = re.compile(r"step-(\d{6,})\Z")
@@ -36,25 +39,35 @@ def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
     """A folder to fill; on leaving it is made durable, and then old ones beyond `keep` are deleted.
 
     The best is kept, and folders of later steps go: they belong to a future that was given up. Raises
-    OSError where the disk fails; what was there before is then still there.
+    StorageFailure where the disk fails; what was there before is then still there.
     """
-    root.mkdir(parents=True, exist_ok=True)
     final, aside = root / folder_name(step), root / f".tmp-{folder_name(step)}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    yield aside
-    write_json(aside / MANIFEST, _manifest(aside))
-    for file in _files(aside):
-        _sync(file)
-    _sync(aside)
-    replaced = root / f".tmp-replaced-{folder_name(step)}"
-    if final.exists():
-        final.rename(replaced)
-    aside.rename(final)
-    _sync(root)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if problems := verify(final):
-        raise OSError(f"checkpoint {final} does not hold what was written: {'; '.join(problems)}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        write_json(aside / MANIFEST, _manifest(aside))
+        for file in _files(aside):
+            _sync(file)
+        _sync(aside)
+        replaced = root / f".tmp-replaced-{folder_name(step)}"
+        if final.exists():
+            final.rename(replaced)
+        aside.rename(final)
+        _sync(root)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if problems := verify(final):
+            raise OSError(f"it does not hold what was written: {'; '.join(problems)}")
+    except (OSError, SafetensorError) as error:
+        written = sum(file.stat().st_size for file in _files(aside)) if aside.is_dir() else 0
+        shutil.rmtree(aside, ignore_errors=True)
+        last = newest(root)[0]
+        raise StorageFailure(
+            f"{final}: the checkpoint could not be written: {error} ({written:,} bytes of it were, "
+            f"{shutil.disk_usage(root.parent).free:,} are free). The last good one is "
+            f"{last or 'none: this was the first'}. Make room, and the same command goes on from there"
+        ) from error
     ours = steps(root)
     kept = {best(root, up_to=step), *[folder for old, folder in ours if old <= step][-keep:]}
     for _, folder in ours:

@@ -7,8 +7,8 @@
     5  numeric: gradients stayed non-finite
     6  peer lost: another process of the run died or is stuck
 
-`accelerate launch` and `torchrun` end with 1 whatever the processes' own code was. So the main process also writes
-its code to `ended.json` in the run's folder, and to the file that the variable SURGVQA_EXIT_FILE names.
+`accelerate launch` and `torchrun` end with 1 whatever the processes' own code was. So the main process also
+writes its code to `ended.json` in the run's folder, and to the file that SURGVQA_EXIT_FILE names.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def is_storage(error: OSError) -> bool:
 
 
 class Stop:
-    """Whether this process was asked to stop: by a signal, by its launcher's death, or by time. Use with `with`.
+    """Whether this process was asked to stop: by a signal, by its launcher's death, or by time.
 
     A second signal ends the process at once. One that comes within SAME seconds is taken for the first,
     which launchers pass on to processes that have it already.

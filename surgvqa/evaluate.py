@@ -64,7 +64,8 @@ def predict(
     def agree(chunk: int) -> None:
         """All processes come to the end of each chunk, and leave together if any was asked to stop."""
         nonlocal chunks_done
-        for chunks_done in range(chunks_done + 1, chunk + 1):
+        while chunks_done < chunk:
+            chunks_done += 1
             if stop is not None and processes.anywhere(accelerator, bool(stop)):
                 network.train(was_training)
                 raise Preempted("stopped while answering questions; the same command begins them again")

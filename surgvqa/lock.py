@@ -1,7 +1,7 @@
 """One run, one folder: who owns it, and whether the owner still lives.
 
-The lock is a file made by a hard link, which is atomic on NFS too. Its owner touches it every few seconds; nobody
-compares clocks: whoever finds a lock of another machine watches for a while whether it is still being touched.
+The lock is a file made by a hard link, which is atomic on NFS too. Its owner touches it every few seconds.
+Nobody compares clocks: who finds the lock of another machine watches for a while whether it is touched.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ class Lock:
             other = _read(self.file)
             if other is not None and _alive(self.file, other):
                 job = f", job {other['job']}" if other.get("job") else ""
+                who = f"process {other.get('pid')} on {other.get('host')}{job}, since {other.get('since')}"
                 raise BadInput(
-                    f"output: {folder} belongs to a run that is going on: process {other.get('pid')} on "
-                    f"{other.get('host')}{job}, since {other.get('since')}. Choose another output, or end that run"
+                    f"output: {folder} belongs to a run that is going on: {who}. Choose another output, or "
+                    "end that run"
                 )
             self._remove(other)
         self._ended = threading.Event()
@@ -121,9 +122,9 @@ def _mark(file: Path) -> tuple[int, int] | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine began, in clock ticks after its boot, with the boot's id; None without it.
+    """When a process of this machine began: boot and clock ticks since (proc(5), field 22); None without it.
 
-    A number that is given to another process later does not begin at the same tick (proc(5), field 22).
+    A number that is given to another process later does not begin at the same tick.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -1,7 +1,7 @@
 """The processes of a run watch each other: a dead or stuck one ends the others, who say which it was.
 
-Each process has a thread that tells the others every second, through a store of its own, that it lives and which
-step it last finished. The thread of a stopped process stops too; that of a dead one is gone.
+Each process has a thread that tells the others every second, through a store of its own, that it lives and
+which step it last finished. The thread of a stopped process stops too; that of a dead one is gone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, says its documentation
 
 from surgvqa.endings import PEER_LOST, PeerLost, leave_code
 from surgvqa.run import end
@@ -33,8 +33,8 @@ class Peers:
     """The other processes, watched until `leave`."""
 
     def __init__(self, accelerator: Accelerator, patience: float, run: Path) -> None:
-        """`patience`: seconds of silence after which a process is lost, and this one ends with the code for it,
-        whatever its main thread waits for; the main process writes that into the folder `run`."""
+        """`patience`: seconds of silence after which a process is lost, and this one ends with the code for
+        it, whatever its main thread waits for; the main process writes that into the folder `run`."""
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.patience, self.run, self.step = patience, run, 0
         self._ended = threading.Event()
@@ -115,6 +115,6 @@ class Peers:
             return None
         _, step, host, pid = sign.split() if sign else ("", "0", "an unknown machine", "?")
         return (
-            f"process {rank} (pid {pid} on {host}) is gone or stuck; the last step it finished was {step}. Its own "
-            "log, above or in its node's file, tells more. The same command goes on from the last checkpoint"
+            f"process {rank} (pid {pid} on {host}) is gone or stuck; the last step it finished was {step}. "
+            "What it said itself tells more. The same command goes on from the last checkpoint"
         )

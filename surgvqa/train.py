@@ -27,6 +27,7 @@ from torch import nn
 
 from surgvqa import checkpoint, evaluate, hub, memory, metrics, model, processes, recipe
 from surgvqa.banner import banner
+from surgvqa.checkpoint import newest
 from surgvqa.endings import Ending, NumericFailure, Preempted, Stop, leave_code
 from surgvqa.flops import Speed
 from surgvqa.loss import TreeLoss
@@ -133,6 +134,8 @@ def _train(
     for line in banner(prepared, questions, plan, network, accelerator, compute, fitting, total, start):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
+    saved = start
+
     def save(step: int, score: float | None, settled: bool) -> None:
         """`settled`: whether the evaluation that was due at this step was made."""
         with checkpoint.writing(run / "checkpoints", step, keep=settings.checkpoint.keep) as folder:
@@ -166,7 +169,6 @@ def _train(
             main_first(accelerator, lambda: save(step, score, settled=True))
             saved = step
 
-    saved = start
     skipped, prior = resume.skipped if resume else 0, prepared.prior()
     speed = Speed(network, questions, device, settings.train.precision, world)
     evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
@@ -239,7 +241,7 @@ def _train(
                 if skipped == MOST_SKIPPED:
                     raise NumericFailure(
                         f"{skipped} steps in a row without finite gradients, the last at step {step}. "
-                        f"The last good checkpoint: {checkpoint.newest(run / 'checkpoints')[0] or 'none yet'}. "
+                        f"The last good checkpoint: {newest(run / 'checkpoints')[0] or 'none yet'}. "
                         "Look at the questions named above, or lower train.lr"
                     )
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from surgvqa import checkpoint
+from surgvqa.endings import StorageFailure
 
 
 def saved(root: Path, *steps: int, keep: int = 2, score: float | None = None) -> list[str]:
@@ -91,7 +92,9 @@ def test_a_failing_write_leaves_the_old_ones(tmp_path: Path) -> None:
             (folder / "weights").write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        StorageFailure, match=r"step-000003: .*No space left.* The last good one is .*step-000002"
+    ):
         fail()
     assert checkpoint.newest(tmp_path) == (tmp_path / "step-000002", [])
     checkpoint.remove_leftovers(tmp_path)

@@ -1,0 +1,147 @@
+"""Runs that are hurt while they go on, as a user starts them; each must end as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trajectory.conftest import ROOT, Runs, reference, runs, trace
+
+__all__ = ["hurt", "reference", "runs"]  # the first is made here, the others are those of trajectory
+
+SLOWLY = """
+import sys, time
+from surgvqa import run, train
+
+step = run.Records.step
+run.Records.step = lambda *given, **row: (step(*given, **row), time.sleep(0.15))
+sys.exit(train.main())
+"""
+"""A run of 20 steps that takes some seconds, so that it can be hurt in the middle."""
+
+ONE: list[str] = []
+TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+
+class Hurt:
+    """One run folder, started again and again; steps of the reference are 20."""
+
+    def __init__(self, runs: Runs, name: str) -> None:
+        self.runs, self.name, self.folder = runs, name, runs.folder / name
+        self.script = runs.folder / f"{name}.py"
+        self.script.write_text(SLOWLY, encoding="utf-8")
+        self.code = runs.folder / f"{name}.code"
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, launcher: list[str], *overrides: str, **options: Any) -> subprocess.Popen[str]:
+        """Start the run in a session, and so a process group, of its own."""
+        program = [sys.executable, *launcher, str(self.script), str(self.runs.recipe)]
+        self.code.unlink(missing_ok=True)
+        log = (self.runs.folder / f"{self.name}.log").open("w", encoding="utf-8")
+        process = subprocess.Popen(
+            [*program, *self.runs._words(self.name, "checkpoint.every=3", *overrides)],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+                "SURGVQA_EXIT_FILE": str(self.code),
+            },
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+            **options,
+        )
+        self.started.append(process)
+        return process
+
+    def finish(self, launcher: list[str], *overrides: str) -> None:
+        """The same command again, to its end."""
+        process = self.start(launcher, *overrides)
+        assert process.wait(240) == 0, self.log
+        assert self.left() == 0, self.log
+
+    @property
+    def log(self) -> str:
+        return (self.runs.folder / f"{self.name}.log").read_text(encoding="utf-8")
+
+    def left(self) -> int | None:
+        """The exit code that the run itself left behind."""
+        return int(self.code.read_text()) if self.code.is_file() else None
+
+    def steps(self) -> int:
+        """Steps that were recorded so far."""
+        with contextlib.suppress(OSError, ValueError):
+            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            return int(json.loads(lines[-1])["step"]) if lines else 0
+        return 0
+
+    def until(self, what: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait until something is so."""
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, self.log
+            assert self.started[-1].poll() is None, self.log
+            time.sleep(0.02)
+
+    def ranks(self) -> list[int]:
+        """Process ids of the processes that train, by rank, of a run started through a launcher."""
+        found = {}
+        for status in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                variables = dict(
+                    part.split(b"=", 1) for part in status.read_bytes().split(b"\0") if b"=" in part
+                )
+                session = os.getsid(int(status.parent.name))
+                if session == self.started[-1].pid and b"RANK" in variables:
+                    found[int(variables[b"RANK"])] = int(status.parent.name)
+        return [found[rank] for rank in sorted(found)]
+
+    def alive(self) -> bool:
+        """Whether any process of the last start still lives."""
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError, ProcessLookupError):
+                state = status.read_text().rpartition(")")[2].split()[0]
+                if os.getsid(int(status.parent.name)) == self.started[-1].pid and state != "Z":
+                    return True
+        return False
+
+    def assert_curve(self, reference: Path, rel: float = 0.0) -> None:
+        """Each step once, with the reference's questions and losses: bit for bit, or within `rel`."""
+        ours, theirs = trace(self.folder), trace(reference)
+        assert [row["step"] for row in ours] == list(range(1, 21))
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine["ids"] == other["ids"]
+            if rel:
+                assert mine["loss"] == pytest.approx(other["loss"], rel=rel)
+            else:
+                assert mine["loss"] == other["loss"]
+        assert not list((self.folder / "checkpoints").glob(".tmp-*"))
+        assert not (self.folder / ".lock").exists()
+
+
+@pytest.fixture
+def hurt(runs: Runs, request: pytest.FixtureRequest) -> Iterator[Callable[[str], Hurt]]:
+    """Makes runs to hurt, and ends what is left of them."""
+    made: list[Hurt] = []
+
+    def make(name: str) -> Hurt:
+        made.append(Hurt(runs, name))
+        return made[-1]
+
+    yield make
+    for each in made:
+        for process in each.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,185 @@
+"""Killed, asked to stop, out of disk, left alone: the run goes on or says why not, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import ONE, TWO, Hurt
+
+Make = Callable[[str], Hurt]
+
+
+def ended(run: Hurt) -> dict[str, object]:
+    return dict(json.loads((run.folder / "ended.json").read_text(encoding="utf-8")))
+
+
+def test_killed_at_any_moment(hurt: Make, reference: Path) -> None:
+    """F1, F3: SIGKILL of the whole group at seeded moments, the start included."""
+    run, moments = hurt("killed"), random.Random(7)
+    for _ in range(3):
+        process = run.start(ONE)
+        before = run.steps()
+        run.until(lambda: run.steps() > before or run.steps() >= 18)
+        time.sleep(moments.uniform(0, 0.9))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run.finish(ONE)
+    run.assert_curve(reference)
+    assert ended(run)["name"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "whom", "number"),
+    [
+        (ONE, "rank 0", signal.SIGINT),
+        (TWO, "rank 1", signal.SIGUSR1),
+        (TWO, "all", signal.SIGTERM),
+        (TWO, "launcher", signal.SIGTERM),
+        (TWO, "launcher", signal.SIGUSR1),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) else getattr(value, "name", f"{len(value) and 2 or 1} of")
+    ),
+)
+def test_asked_to_stop(hurt: Make, reference: Path, launcher: list[str], whom: str, number: int) -> None:
+    """F5: one checkpoint at one step, the code for it, nobody left behind, and the curve goes on."""
+    run = hurt(f"asked-{len(launcher)}-{whom}-{number}".replace(" ", ""))
+    process = run.start(launcher)
+    run.until(lambda: run.steps() >= 4)
+    if whom == "all":
+        os.killpg(process.pid, number)
+    else:
+        ranks = [process.pid] if launcher == ONE else run.ranks()
+        os.kill({"launcher": process.pid, "rank 0": ranks[0], "rank 1": ranks[-1]}[whom], number)
+    process.wait(60)
+    end = time.monotonic() + 30
+    while run.alive():
+        assert time.monotonic() < end, f"left behind:\n{run.log}"
+        time.sleep(0.1)
+    assert run.left() == 4, run.log
+    assert ended(run)["name"] == "preempted"
+    newest = max((run.folder / "checkpoints").iterdir())
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    assert state["step"] == run.steps() < 20
+    assert f"stopped after step {state['step']}" in run.log
+    run.finish(launcher)
+    run.assert_curve(reference, rel=0 if launcher == ONE else 1e-5)
+
+
+def test_a_second_signal_ends_it_at_once(hurt: Make) -> None:
+    run = hurt("twice")
+    process = run.start(ONE)
+    run.until(lambda: run.steps() >= 3)
+    os.kill(process.pid, signal.SIGSTOP)  # so that it cannot stop in between
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.05)
+    assert process.wait(60) == 4, "the first one is obeyed"
+
+
+def test_time_is_up(hurt: Make, reference: Path) -> None:
+    """train.max_hours saves and stops by itself, as often as it takes."""
+    run = hurt("hours")
+    starts = 0
+    while True:
+        process = run.start(ONE, "train.max_hours=0.0025")  # 9 seconds, imports not counted
+        starts += 1
+        if process.wait(240) == 0:
+            break
+        assert process.returncode == 4, run.log
+        assert "train.max_hours is over" in run.log
+        assert starts < 12
+    run.assert_curve(reference)
+
+
+def test_the_number_of_processes_may_change(hurt: Make, reference: Path) -> None:
+    """F4: 1, 2, and 1 again, stopped in between in the middle of an epoch."""
+    run = hurt("worlds")
+    for launcher, until in ((ONE, 5), (TWO, 11)):
+        process = run.start(launcher)
+        run.until(lambda until=until: run.steps() >= until)  # type: ignore[misc]
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+    run.finish(ONE)
+    run.assert_curve(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+def test_a_process_that_is_gone_or_stuck(hurt: Make, reference: Path, how: signal.Signals) -> None:
+    """F13: the other one ends within the timeout, and says which it was."""
+    run = hurt(f"peer-{how.name}")
+    process = run.start(TWO, "train.peer_timeout=8")
+    run.until(lambda: run.steps() >= 4)
+    victim = run.ranks()[1]
+    began = time.monotonic()
+    os.kill(victim, how)
+    try:
+        run.until(lambda: run.left() is not None or process.poll() is not None, 60)
+    finally:
+        took = time.monotonic() - began
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert took < 8 + 10, run.log
+    assert run.left() == 6, run.log
+    assert ended(run)["name"] == "peer lost"
+    assert "process 1 (pid" in run.log
+    assert "the last step it finished was" in run.log
+    run.finish(TWO)
+    run.assert_curve(reference, rel=1e-5)
+
+
+def test_a_full_disk(hurt: Make, reference: Path) -> None:
+    """F8: files may not grow beyond 100 kB; the run ends with the code for it, and goes on once they may."""
+    run = hurt("full")
+    small = 100_000
+    process = run.start(ONE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small)))
+    assert process.wait(240) == 3, run.log
+    assert run.left() == 3
+    assert "the checkpoint could not be written" in run.log
+    assert str(run.folder / "checkpoints" / "step-000003") in run.log
+    assert "bytes of it were" in run.log
+    assert ended(run)["name"] == "storage"
+    assert "Traceback" not in run.log
+    run.finish(ONE)
+    run.assert_curve(reference)
+
+
+def test_two_runs_in_one_folder(hurt: Make, reference: Path) -> None:
+    """F20: the second names the owner and leaves; a lock whose owner was killed is taken over."""
+    run = hurt("owner")
+    first = run.start(ONE)
+    run.until(lambda: run.steps() >= 2)
+    second = run.start(ONE)
+    assert second.wait(120) == 2
+    assert f"belongs to a run that is going on: process {first.pid} on" in run.log
+    assert run.left() == 2
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert (run.folder / ".lock").exists()
+    run.finish(ONE)
+    run.assert_curve(reference)
+
+
+def test_a_change_is_refused_or_accepted_and_recorded(hurt: Make) -> None:
+    """F19."""
+    run = hurt("accepted")
+    process = run.start(ONE)
+    run.until(lambda: run.steps() >= 4)
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait(60)
+    done = run.steps()
+    assert run.start(ONE, "train.lr=5e-4").wait(120) == 2
+    assert "train.lr: 0.001 → 0.0005" in run.log
+    assert "--accept-changes" in run.log
+    assert run.start(ONE, "train.lr=5e-4", "--accept-changes").wait(240) == 0
+    (change,) = [json.loads(line) for line in (run.folder / "changes.jsonl").open(encoding="utf-8")]
+    assert change == {"after_step": done, "changes": ["train.lr: 0.001 → 0.0005"]}

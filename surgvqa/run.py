@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from surgvqa import checkpoint, recipe
+from surgvqa import checkpoint
 from surgvqa.recipe import BadInput, Log, Recipe
 
 log = logging.getLogger("surgvqa")
@@ -77,7 +77,7 @@ def resumable(run: Path, settings: Recipe, fingerprint: str) -> Resume | None:
     state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
     differences = [
         difference
-        for difference in recipe.load(folder / "recipe.yaml").differences(settings)
+        for difference in checkpoint.recipe_of(folder).differences(settings)
         if not _harmless(difference.partition(":")[0])
     ]
     if state["data"] != fingerprint:

@@ -11,6 +11,7 @@ alone; the vision tower keeps its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,9 +25,14 @@ from surgvqa.tree import BLOCK, Pack
 
 NAME = "surgvqa_tree"
 
-Layout = Sequence[tuple[int, int, int, Tensor | None]]
-"""(start, end of root, end, mask (branch tokens, tree tokens)) of each tree; without a mask where the
-whole tree is one causal row."""
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the trees of a pack are; opaque to torch.compile, which would look for each other layout anew."""
+
+    trees: Sequence[tuple[int, int, int, Tensor | None]]
+    """(start, end of root, end, mask (branch tokens, tree tokens)) of each; without a mask where the whole
+    tree is one causal row."""
 
 
 def layout(pack: Pack) -> Layout:
@@ -40,7 +46,7 @@ def layout(pack: Pack) -> Layout:
         row = torch.arange(root_end, end, device=until.device)[:, None]
         column = torch.arange(start, end, device=until.device)[None, :]
         trees.append((start, root_end, end, (column <= row) & (row < until[None, :])))
-    return trees
+    return Layout(trees)
 
 
 def block_mask(pack: Pack) -> BlockMask:
@@ -105,10 +111,10 @@ def tree_attention(
     return _tree_by_tree(query, key, value, layout, scaling).transpose(1, 2), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # each other layout would be compiled anew
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it has none
 def _tree_by_tree(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
     parts = []
-    for start, root_end, end, mask in layout:
+    for start, root_end, end, mask in layout.trees:
         rows, tree = slice(start, root_end), slice(start, end)
         parts.append(_causal(query[:, :, rows], key[:, :, rows], value[:, :, rows], scaling))
         if mask is not None:

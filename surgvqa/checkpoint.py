@@ -18,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from surgvqa import recipe
 from surgvqa.endings import StorageFailure
+from surgvqa.recipe import BadInput, Recipe
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _OWN = re.compile(r"step-(\d{6,})\Z")
@@ -130,6 +132,22 @@ def score(folder: Path) -> float:
     except (OSError, ValueError, AttributeError):
         return -math.inf
     return float(value) if isinstance(value, (int, float)) else -math.inf
+
+
+def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe that a checkpoint was trained with. Raises BadInput where this version cannot read it."""
+    try:
+        recipe.load(folder / "recipe.yaml")
+    except BadInput as error:
+        raise BadInput(
+            [
+                f"{folder} was written by another version of surgvqa, whose recipe this one does not read: "
+                "use that version, or start over with --fresh --yes; do not edit the file, the checkpoint "
+                "would no longer verify",
+                *(f"  {problem}" for problem in error.problems),
+            ]
+        ) from None
+    return recipe.load(folder / "recipe.yaml", overrides)
 
 
 def best(root: Path, up_to: int | None = None) -> Path | None:

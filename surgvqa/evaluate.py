@@ -191,7 +191,7 @@ def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ())
     """
     accelerator = processes.start()
     folder = main_first(accelerator, lambda: chosen_checkpoint(run))
-    settings = recipe.load(folder / "recipe.yaml", overrides)
+    settings = checkpoint.recipe_of(folder, overrides)
     processes.check_device(accelerator.device, settings.model.name)
     compute = processes.compute(settings.train.precision, settings.model.attn, accelerator.device)
     part = part or settings.eval.final or "test"

@@ -5,7 +5,7 @@
 
 A multiply-accumulate is two FLOPs. Counted are matrix products: linear layers, patch embedding, attention by
 the pairs its mask allows. Norms, softmax, rotary positions, activations, the loss and the optimizer are not;
-nor is anything computed twice (recomputed activations, one image in several rows).
+nor is what is computed again to save memory, or because a tree was cut to fit.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,24 +64,33 @@ def fit(
     even the longest question fits. The model is left recomputing the layers that were found.
     """
     depth = len(model.decoder_layers(loss.model))
-    few, most = {"auto": (0, depth), "all": (depth, depth)}.get(str(layers), (layers, layers))
-    assert isinstance(few, int)
-    assert isinstance(most, int)
+    few = {"auto": 0, "all": depth}.get(str(layers)) if isinstance(layers, str) else min(layers, depth)
+    most = depth if isinstance(layers, str) else few
+    assert few is not None
+    assert most is not None
+    if not steps:  # a run that is only evaluated
+        return Fit(plan.tokens_per_micro_batch, few, 0)
 
     def peak(limit: int, count: int) -> int | None:
-        fullest = _fullest(replace(plan, tokens_per_micro_batch=limit), steps, accelerator.num_processes)
-        return _peak(loss, questions, fullest, count, accelerator)
+        """Of the micro-batch with the most tokens, and of that with the most image where the tower trains."""
+        limited = replace(plan, tokens_per_micro_batch=limit)
+        fullest = [_fullest(limited, steps, accelerator.num_processes, limited.tokens)]
+        if any(p.requires_grad for p in model.base(loss.model).model.visual.parameters()):
+            fullest.append(_fullest(limited, steps, accelerator.num_processes, limited.shared_tokens))
+        peaks = [_peak(loss, questions, trees, count, accelerator) for trees in fullest]
+        return None if None in peaks else max(found for found in peaks if found is not None)
 
     longest = int(plan.alone().max())
     limit = _share(plan, steps, accelerator.num_processes) if tokens == "auto" else int(tokens)
     too_many = None
     while (found := peak(limit, most)) is None:
         if limit <= longest:
+            _refuse_the_model(loss, accelerator.device)
             example = questions.examples[int(plan.alone().argmax())]
             raise BadInput(
                 f"{example.place}: out of memory: question {example.id!r} with its image, {longest:,} "
-                "tokens, does not fit even alone; take a smaller image.size or image.max_tokens, "
-                "train.checkpoint_layers: auto, model.tune: lora, or a GPU with more memory"
+                f"tokens, does not fit even alone with {most} layers recomputed; take a smaller image.size "
+                "or image.max_tokens, train.checkpoint_layers: all, model.tune: lora, or a larger GPU"
             )
         too_many, limit = limit, max(limit // 2, longest)
     if tokens == "auto" and too_many:
@@ -100,6 +109,8 @@ def fit(
         else:
             fits, found = count, tried
     model.recompute(loss.model, fits)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # or trials that failed would count
     if tokens not in ("auto", limit) and accelerator.is_main_process:
         log.warning(
             "warning: batch.tokens_per_micro_batch: %s tokens do not fit into memory; going on with %s, "
@@ -112,17 +123,43 @@ def fit(
 
 def _share(plan: Plan, steps: range, world: int) -> int:
     """The most tokens that a process has in a step."""
-    fullest = _fullest(replace(plan, tokens_per_micro_batch=2**62), steps, world)
+    fullest = _fullest(replace(plan, tokens_per_micro_batch=2**62), steps, world, plan.tokens)
     return sum(map(plan.tokens, fullest))
 
 
-def _fullest(plan: Plan, steps: range, world: int) -> Sequence[Group]:
-    """The micro-batch with the most tokens, of any process."""
+def _fullest(plan: Plan, steps: range, world: int, size: Callable[[Group], int]) -> Sequence[Group]:
+    """The micro-batch whose trees have the largest sizes together, of any process."""
     some = steps[:: -(-len(steps) // LOOKED_AT)]
     shares = (plan.share(plan.step(step), world) for step in some)
     return max(
         (micro_batch for ranks in shares for mine in ranks for micro_batch in mine),
-        key=lambda micro_batch: sum(map(plan.tokens, micro_batch)),
+        key=lambda micro_batch: sum(map(size, micro_batch)),
+    )
+
+
+def _refuse_the_model(loss: TreeLoss, device: torch.device) -> None:
+    """Raise BadInput where weights, gradients and optimizer alone are too much for the GPU."""
+    if device.type != "cuda":
+        return
+    weights = sum(p.numel() * p.element_size() for p in loss.parameters())
+    training = 12 * sum(p.numel() for p in loss.parameters() if p.requires_grad)
+    size = torch.cuda.get_device_properties(device).total_memory
+    if weights + training > MARGIN * size:
+        raise BadInput(
+            f"out of memory: the model's weights take {weights / 2**30:.1f} GiB, gradients and optimizer "
+            f"{training / 2**30:.1f} GiB, and the GPU has {size / 2**30:.1f}; take model.tune: lora, a "
+            "smaller model, or a GPU with more memory"
+        )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Also where it is the driver, a library or a kernel's compiler that had no memory left."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or should_reduce_batch_size(error)
+        or "out of memory" in text
+        or "alloc_failed" in text
     )
 
 
@@ -142,9 +179,12 @@ def _peak(
     pack = questions.pack(trees, multiple=BLOCK if cuda else 1)
     used, fits = 0, True
     try:
+        # As in a second micro-batch, or under DDP: gradients are there already.
+        for parameter in loss.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         loss(pack.to(device)).backward()
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+        if not _out_of_memory(error):
             raise
         fits = False
     loss.zero_grad(set_to_none=True)

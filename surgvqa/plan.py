@@ -113,6 +113,10 @@ class Plan:
         """Length of a tree: its image once and its branches."""
         return int(self.root_tokens[self.image[tree[0]]] + self.branch_tokens[tree].sum())
 
+    def shared_tokens(self, tree: Group) -> int:
+        """Length of a tree's root: its image."""
+        return int(self.root_tokens[self.image[tree[0]]])
+
     def _cut(self, tree: Group) -> list[Group]:
         pieces: list[Group] = [[]]
         for question in tree:

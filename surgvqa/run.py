@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from surgvqa import checkpoint, endings, recipe
+from surgvqa import checkpoint, endings
 from surgvqa.lock import Lock
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Log, Recipe
@@ -125,7 +125,7 @@ def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: boo
     state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
     differences = [
         difference
-        for difference in recipe.load(folder / "recipe.yaml").differences(settings)
+        for difference in checkpoint.recipe_of(folder).differences(settings)
         if not _harmless(difference.partition(":")[0])
     ]
     if state["data"] != fingerprint:

@@ -115,7 +115,7 @@ def _train(
         tree_loss,
         questions,
         plan,
-        range(min(start, total - 1), total),
+        range(start, total),
         tokens=settings.batch.tokens_per_micro_batch,
         layers=settings.train.checkpoint_layers,
         accelerator=accelerator,
@@ -259,7 +259,7 @@ def _train(
         folder = main_first(accelerator, lambda: evaluate.chosen_checkpoint(run))
         if folder.name != checkpoint.folder_name(total):
             # Let go of the trained model first: two may not fit on the device.
-            del loss_of, optimizer, parameters
+            del loss_of, tree_loss, optimizer, parameters
             network = None
             accelerator.free_memory()
             network = prepared.network(folder).to(device)

@@ -52,7 +52,18 @@ def test_a_run_from_check_to_evaluate(recipe: Path, capsys: pytest.CaptureFixtur
     ):  # fmt: skip
         assert said in printed, said
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    keys = {"step", "epoch", "loss", "lr", "grad_norm", "questions", "tokens", "questions_per_s", "seconds"}
+    keys = {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "questions",
+        "tokens",
+        "questions_per_s",
+        "tflops",
+        "seconds",
+    }
     assert [set(row) for row in rows] == [keys] * 2
     traced = [json.loads(line) for line in (run / "trace.jsonl").open()]
     assert [set(row) for row in traced] == [{"step", "ids", "tokens", "loss"}] * 2

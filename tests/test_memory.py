@@ -46,6 +46,9 @@ class Machine:
 
         def limited(module: TreeLoss, pack: tree.Pack) -> torch.Tensor:
             layers = sum(layer.gradient_checkpointing for layer in model.decoder_layers(module.model))
+            assert all(p.grad is not None for p in module.parameters() if p.requires_grad), (
+                "as in a later step"
+            )
             self.tried.append((pack.tokens, layers))
             nats = forward(module, pack)
             if not self.holds(pack.tokens, layers):
@@ -117,6 +120,34 @@ def test_as_few_layers_as_must_be_are_recomputed(machine: Machine) -> None:
     assert flags == [True, True, False], "the model is left so"
     machine.holds = lambda tokens, layers: layers >= 1 and tokens <= 300
     assert machine.fit(512, "auto") == memory.Fit(256, 1, 0)
+
+
+def test_more_layers_than_there_are_mean_all(machine: Machine) -> None:
+    assert machine.fit(512, 100).checkpoint_layers == machine.depth
+
+
+def test_a_run_that_is_only_evaluated_tries_nothing(machine: Machine) -> None:
+    machine.plan, steps = machine.plan, range(5, 5)
+    loss_of = TreeLoss(machine.network, attn="sdpa", autocast=None)
+    found = memory.fit(
+        loss_of,
+        machine.questions,
+        machine.plan,
+        steps,
+        tokens=512,
+        layers="auto",
+        accelerator=machine.accelerator,
+    )
+    assert found == memory.Fit(512, 0, 0)
+    assert not machine.tried
+
+
+def test_where_the_tower_trains_the_most_images_are_tried_too(machine: Machine) -> None:
+    """Not always the most tokens: many images with few questions each."""
+    for parameter in model.base(machine.network).model.visual.parameters():
+        parameter.requires_grad_(True)
+    machine.fit(512, 0)
+    assert len(machine.tried) == 2
 
 
 def test_where_nothing_fits_the_longest_question_is_named(machine: Machine) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from surgvqa import checkpoint, evaluate, flops, hub, model, recipe, train, tree
+from surgvqa import checkpoint, evaluate, flops, hub, metrics, model, recipe, train, tree
 from surgvqa.memory import Fit
 from surgvqa.plan import trees_of
-from surgvqa.prepare import prepare
+from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput, Log
 from surgvqa.run import Records
 
@@ -505,3 +507,42 @@ def test_a_corpus_brings_its_labels(settings: Any, tmp_path: Path) -> None:
     rows = predictions(run)
     assert {len(row["probabilities"]) for row in rows} == {18}
     assert {row["question_type"] for row in rows} == {"organ", "state"}
+
+
+def test_the_trained_model_is_let_go_before_the_best_one_is_loaded(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two may not fit on the device."""
+    made: list[weakref.ref[Any]] = []
+    alive: list[list[bool]] = []
+    network = Prepared.network
+
+    def watched(self: Prepared, folder: Path | None = None) -> Any:
+        gc.collect()
+        alive.append([ref() is not None for ref in made])
+        new = network(self, folder)
+        made.append(weakref.ref(new))
+        return new
+
+    monkeypatch.setattr(Prepared, "network", watched)
+    scores = iter([0.9, 0.1, 0.1, 0.1, 0.1])
+    told = metrics.scores
+
+    def falling(predictions: Any, prior: Any) -> Any:
+        result = told(predictions, prior)
+        result["overall"]["exact"] = next(scores)
+        return result
+
+    monkeypatch.setattr(metrics, "scores", falling)
+    train.train(settings("eval.every=2", "eval.questions=2", "eval.final=test", "eval.max_new_tokens=2"))
+    assert alive == [[], [False]]
+
+
+def test_a_checkpoint_whose_recipe_is_of_another_version_is_not_to_be_edited(settings: Any) -> None:
+    run = train.train(settings("train.max_steps=1"))
+    (folder,) = (run / "checkpoints").iterdir()
+    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    (folder / "recipe.yaml").write_text(text.replace("checkpoint_layers", "gradient_checkpointing"))
+    with pytest.raises(BadInput, match="was written by another version of surgvqa") as caught:
+        checkpoint.recipe_of(folder)
+    assert "train.gradient_checkpointing: unknown key" in caught.value.problems[1]

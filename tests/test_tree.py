@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import noise_image
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 
 from surgvqa import attention, decode, model
@@ -336,3 +337,22 @@ def test_many_targets_go_through_the_vocabulary_in_chunks(
     assert len(pack(trees).targets) > 14
     for name, gradient in whole.items():
         assert (chunked[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name
+
+
+def test_compiled_layers_serve_packs_of_any_number_of_trees(chat: ChatTokens) -> None:
+    """Without being compiled anew for each, which ends after eight."""
+    network = tiny(chat).train()
+    loss = TreeLoss(network, attn="sdpa", autocast=None)
+    mixes = [[(branches, [(2, 2)])] * trees for trees in (1, 2, 3, 4, 5, 6) for branches in (1, 3)]
+    expected = [loss(pack(forest(chat, mix)[0])).item() for mix in mixes]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for layer in model.decoder_layers(network):
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=counter)
+    found = []
+    for index, mix in enumerate(mixes):
+        found.append(loss(pack(forest(chat, mix)[0])).item())
+        if index == 3:
+            frames = counter.frame_count
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert 0 < counter.frame_count == frames, "nothing new after the first packs"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trajectory.conftest import ROOT, Runs, reference, runs, trace
+from trajectory.conftest import ROOT, Runs, runs, trace
 
-__all__ = ["hurt", "reference", "runs"]  # the first is made here, the others are those of trajectory
+__all__ = ["runs"]
 
 SLOWLY = """
 import sys, time
@@ -94,27 +94,29 @@ class Hurt:
             assert self.started[-1].poll() is None, self.log
             time.sleep(0.02)
 
+    def processes(self) -> dict[int, dict[str, str]]:
+        """Process id → environment of whatever lives of this run, launchers and data workers included."""
+        found = {}
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                text = environ.read_bytes().decode(errors="replace")
+                variables = dict(part.split("=", 1) for part in text.split("\0") if "=" in part)
+                if variables.get("SURGVQA_EXIT_FILE") == str(self.code):
+                    found[int(environ.parent.name)] = variables
+        return found
+
     def ranks(self) -> list[int]:
         """Process ids of the processes that train, by rank, of a run started through a launcher."""
-        found = {}
-        for status in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                variables = dict(
-                    part.split(b"=", 1) for part in status.read_bytes().split(b"\0") if b"=" in part
-                )
-                session = os.getsid(int(status.parent.name))
-                if session == self.started[-1].pid and b"RANK" in variables:
-                    found[int(variables[b"RANK"])] = int(status.parent.name)
+        found = {
+            int(variables["RANK"]): pid for pid, variables in self.processes().items() if "RANK" in variables
+        }
         return [found[rank] for rank in sorted(found)]
 
-    def alive(self) -> bool:
-        """Whether any process of the last start still lives."""
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError, ProcessLookupError):
-                state = status.read_text().rpartition(")")[2].split()[0]
-                if os.getsid(int(status.parent.name)) == self.started[-1].pid and state != "Z":
-                    return True
-        return False
+    def kill(self, number: int) -> None:
+        """Send a signal to all of them."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def assert_curve(self, reference: Path, rel: float = 0.0) -> None:
         """Each step once, with the reference's questions and losses: bit for bit, or within `rel`."""
@@ -130,6 +132,14 @@ class Hurt:
         assert not (self.folder / ".lock").exists()
 
 
+@pytest.fixture(scope="session")
+def reference(runs: Runs) -> Path:
+    """The run that nothing happens to, of one process with one thread, as the others."""
+    undisturbed = Hurt(runs, "undisturbed")
+    undisturbed.finish(ONE)
+    return undisturbed.folder
+
+
 @pytest.fixture
 def hurt(runs: Runs, request: pytest.FixtureRequest) -> Iterator[Callable[[str], Hurt]]:
     """Makes runs to hurt, and ends what is left of them."""
@@ -141,7 +151,6 @@ def hurt(runs: Runs, request: pytest.FixtureRequest) -> Iterator[Callable[[str],
 
     yield make
     for each in made:
+        each.kill(signal.SIGKILL)
         for process in each.started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -30,7 +30,7 @@ def test_killed_at_any_moment(hurt: Make, reference: Path) -> None:
         before = run.steps()
         run.until(lambda before=before: run.steps() > before or run.steps() >= 18)  # type: ignore[misc]
         time.sleep(moments.uniform(0, 0.9))
-        os.killpg(process.pid, signal.SIGKILL)
+        run.kill(signal.SIGKILL)
         process.wait()
     run.finish(ONE)
     run.assert_curve(reference)
@@ -54,13 +54,13 @@ def test_asked_to_stop(hurt: Make, reference: Path, launcher: list[str], whom: s
     process = run.start(launcher)
     run.until(lambda: run.steps() >= 4)
     if whom == "all":
-        os.killpg(process.pid, number)
+        run.kill(number)
     else:
         ranks = [process.pid] if launcher == ONE else run.ranks()
         os.kill({"launcher": process.pid, "rank 0": ranks[0], "rank 1": ranks[-1]}[whom], number)
     process.wait(60)
     end = time.monotonic() + 30
-    while run.alive():
+    while run.processes():
         assert time.monotonic() < end, f"left behind:\n{run.log}"
         time.sleep(0.1)
     assert run.left() == 4, run.log
@@ -105,7 +105,7 @@ def test_the_number_of_processes_may_change(hurt: Make, reference: Path) -> None
     for launcher, until in ((ONE, 5), (TWO, 11)):
         process = run.start(launcher)
         run.until(lambda until=until: run.steps() >= until)  # type: ignore[misc]
-        os.killpg(process.pid, signal.SIGTERM)
+        run.kill(signal.SIGTERM)
         process.wait(60)
     run.finish(ONE)
     run.assert_curve(reference, rel=1e-5)
@@ -124,7 +124,7 @@ def test_a_process_that_is_gone_or_stuck(hurt: Make, reference: Path, how: signa
         run.until(lambda: run.left() is not None or process.poll() is not None, 60)
     finally:
         took = time.monotonic() - began
-        os.killpg(process.pid, signal.SIGKILL)
+        run.kill(signal.SIGKILL)
         process.wait()
     assert took < 8 + 10, run.log
     assert run.left() == 6, run.log
@@ -156,11 +156,12 @@ def test_two_runs_in_one_folder(hurt: Make, reference: Path) -> None:
     run = hurt("owner")
     first = run.start(ONE)
     run.until(lambda: run.steps() >= 2)
+    os.kill(first.pid, signal.SIGSTOP)  # alive, and not finished before the second looks
     second = run.start(ONE)
     assert second.wait(120) == 2
     assert f"belongs to a run that is going on: process {first.pid} on" in run.log
     assert run.left() == 2
-    os.killpg(first.pid, signal.SIGKILL)
+    os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert (run.folder / ".lock").exists()
     run.finish(ONE)

@@ -395,7 +395,7 @@ def test_the_banner_of_the_full_resolution_recipe(tmp_path: Path) -> None:
     network, fit = prepared.network(), Fit(8192, 2, 0)
     lines = list(banner(prepared, questions, plan, network, accelerator, compute, fit, total, 0))
     assert "steps       2,568 per epoch, 7,704 in all" in lines
-    assert "batch       16 questions per step, at most 8 per image" in "\n".join(lines)
+    assert "batch       16 questions per step, at most 9 per image" in "\n".join(lines)
     canvas = next(line for line in lines if line.startswith("canvas"))
     assert "(limit 2900)" in canvas
     tokens = [c.tokens(32) for c in prepared.canvases.values()]

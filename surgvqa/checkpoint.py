@@ -77,6 +77,16 @@ def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
+def room(run: Path, needed: int) -> None:
+    """Raise StorageFailure where a checkpoint of so many bytes would not fit beside what is there."""
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise StorageFailure(
+            f"output: {run}: a checkpoint takes about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are "
+            "free; make room, or choose another output"
+        )
+
+
 def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 

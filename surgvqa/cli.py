@@ -52,10 +52,21 @@ def _check(file: str, overrides: Sequence[str]) -> int:
 
 
 def train(argv: Sequence[str]) -> int:
-    """Train a recipe in this process, or with --gpus on the GPUs of this machine."""
+    """Train a recipe in this process, or with --gpus on the GPUs of this machine; --replay runs one step."""
     parser = argparse.ArgumentParser("surgvqa train", add_help=False)
     parser.add_argument("--gpus")
+    parser.add_argument("--replay", type=int)
     given, rest = parser.parse_known_args(argv)
+    if given.replay is not None:
+        from rich.console import Console
+
+        from surgvqa.replay import replay
+
+        try:
+            replay(recipe.load(rest[0] if rest else "", rest[1:]), given.replay, Console())
+        except BadInput as error:
+            return recipe.explain(error)
+        return 0
     if given.gpus:
         from surgvqa.launch import launch
 

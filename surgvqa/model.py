@@ -259,6 +259,14 @@ def save(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
+def checkpoint_bytes(model: Any) -> int:
+    """About how many bytes `save` and AdamW's two moments in fp32 take."""
+    whole = not hasattr(model, "peft_config")
+    parameters: list[nn.Parameter] = list(model.parameters())
+    saved = sum(p.numel() * p.element_size() for p in parameters if whole or p.requires_grad)
+    return saved + 8 * sum(p.numel() for p in parameters if p.requires_grad)
+
+
 def base(model: Any) -> Any:
     """The Qwen model inside PEFT's wrapping, adapters in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

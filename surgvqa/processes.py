@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -97,6 +98,11 @@ def anywhere(accelerator: Accelerator, here: bool) -> bool:
     """Whether something is so on any process; the same answer on each."""
     flag = torch.tensor(float(here), device=accelerator.device)
     return bool(accelerator.reduce(flag, "sum").item() > 0)
+
+
+def seed(*numbers: int) -> int:
+    """One seed of several numbers, the same everywhere."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)

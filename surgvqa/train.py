@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -109,6 +108,7 @@ def _train(
     resume = main_first(accelerator, lambda: resumable(run, settings, fingerprint, accept_changes))
     start, best = (resume.step, resume.best) if resume else (0, -math.inf)
     network = prepared.network(resume.folder if resume else None)
+    main_first(accelerator, lambda: checkpoint.room(run, model.checkpoint_bytes(network)))
     network.train().to(device)
     tree_loss = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
     fitting = memory.fit(
@@ -194,7 +194,7 @@ def _train(
                 asked = [question for tree in trees for question in tree]
                 weight = float(questions.total_weights[asked].sum())
                 # Dropout's numbers depend on the step and the process, so no random state needs saving.
-                torch.manual_seed(_seed(settings.train.seed, step, accelerator.process_index))
+                torch.manual_seed(processes.seed(settings.train.seed, step, accelerator.process_index))
                 nats = torch.zeros((), dtype=torch.float64, device=device)
                 for job, pack in micro_batches:
                     with contextlib.nullcontext() if job.last else accelerator.no_sync(loss_of):
@@ -316,11 +316,6 @@ def _validation(prepared: Prepared) -> Any:
     return questions
 
 
-def _seed(*numbers: int) -> int:
-    """One seed of several numbers, the same everywhere."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
 def _optimizer(settings: Recipe, parameters: dict[str, nn.Parameter], fused: bool) -> torch.optim.AdamW:
     """AdamW with a group for each learning rate and decay; each group's `peak` is its own."""
     options = settings.train
@@ -356,6 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="recipe file, e.g. recipes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--gpus", metavar="N|all", help="with `surgvqa train`: GPUs of this machine to use")
+    parser.add_argument(
+        "--replay", metavar="STEP", help="with `surgvqa train`: run this step alone, to look at"
+    )
     parser.add_argument("--fresh", action="store_true", help="start over, deleting what a former run left")
     parser.add_argument("--yes", action="store_true", help="confirm --fresh")
     parser.add_argument(
@@ -363,9 +361,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_intermixed_args(argv)
     try:
-        if given.gpus:
+        if given.gpus or given.replay:
             raise BadInput(
-                "--gpus is for `surgvqa train`; here a launcher decides how many processes there are"
+                "--gpus and --replay are for `surgvqa train`; here a launcher decides how many processes "
+                "there are"
             )
         settings = recipe.load(given.recipe, given.overrides)
         if given.fresh and not given.yes:

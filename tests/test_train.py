@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import math
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from surgvqa import checkpoint, evaluate, flops, hub, metrics, model, recipe, train, tree
+from surgvqa.endings import StorageFailure
 from surgvqa.memory import Fit
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput, Log
+from surgvqa.replay import replay
 from surgvqa.run import Records
 
 RECIPE = """
@@ -546,3 +549,41 @@ def test_a_checkpoint_whose_recipe_is_of_another_version_is_not_to_be_edited(set
     with pytest.raises(BadInput, match="was written by another version of surgvqa") as caught:
         checkpoint.recipe_of(folder)
     assert "train.gradient_checkpointing: unknown key" in caught.value.problems[1]
+
+
+def test_a_step_is_replayed_as_it_was(settings: Any) -> None:
+    run = train.train(settings("checkpoint.every=1", "checkpoint.keep=9", "model.tune=full"))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    traced = [json.loads(line) for line in (run / "trace.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    console = Console(record=True, width=200, file=io.StringIO())
+    loss, norm = replay(settings("checkpoint.every=1", "checkpoint.keep=9"), 3, console)
+    assert loss == float.fromhex(traced[2]["loss"])
+    assert norm == pytest.approx(rows[2]["grad_norm"], rel=1e-6)
+    said = console.export_text()
+    assert str(run / "checkpoints" / "step-000002") in said
+    assert all(question in said for question in traced[2]["ids"])
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    with pytest.raises(BadInput, match="the run's steps are 1 to 4"):
+        replay(settings(), 5, console)
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_found_before_training(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=5 * 2**20))
+    with pytest.raises(StorageFailure, match=r"a checkpoint takes about \d+ MiB and 5 are free"):
+        train.train(settings())
+    ended = json.loads((Path(settings().output) / "ended.json").read_text(encoding="utf-8"))
+    assert (ended["code"], ended["name"]) == (3, "storage")
+    assert not (Path(settings().output) / "metrics.jsonl").exists()
+
+
+def test_what_a_checkpoint_takes_is_about_what_was_foreseen(settings: Any) -> None:
+    for tune in ("lora", "full"):
+        chosen = settings(f"model.tune={tune}", "train.max_steps=1", f"output={settings().output}-{tune}")
+        run = train.train(chosen)
+        (folder,) = (run / "checkpoints").iterdir()
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        assert model.checkpoint_bytes(prepare(chosen).network()) == pytest.approx(size, rel=0.05)

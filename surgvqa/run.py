@@ -72,9 +72,10 @@ def owned(run: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the run's folder, and leave in it how the run ended."""
     locks: list[Lock] = []
     main_first(accelerator, lambda: locks.append(claim(run)))
-    code, reason = 0, "done"
+    code, reason = 1, "interrupted"
     try:
         yield
+        code, reason = 0, "done"
     except Exception as error:
         if isinstance(error, OSError) and endings.is_storage(error):
             full = f"{error.filename or run}: {error.strerror}; make room, and the same command goes on"

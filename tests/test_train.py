@@ -587,3 +587,24 @@ def test_what_a_checkpoint_takes_is_about_what_was_foreseen(settings: Any) -> No
         (folder,) = (run / "checkpoints").iterdir()
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         assert model.checkpoint_bytes(prepare(chosen).network()) == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(KeyboardInterrupt(), 1), (ValueError("odd"), 1), (OSError(28, "No space left", "metrics.jsonl"), 3)],
+    ids=["interrupted", "a defect", "a full disk"],
+)
+def test_how_a_run_ended_is_left_in_its_folder(
+    settings: Any, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "step", fail)
+        with pytest.raises((type(failure), StorageFailure)):
+            train.train(settings())
+    run = Path(settings().output)
+    assert json.loads((run / "ended.json").read_text(encoding="utf-8"))["code"] == code
+    assert not (run / ".lock").exists()
+    assert json.loads((train.train(settings()) / "ended.json").read_text(encoding="utf-8"))["code"] == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -119,25 +119,25 @@ def _chart(
 
 
 def _train_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [_HEAD + " Losses differ |", _ALIGNED]
-    for row in rows:
-        lines.append(
-            f"| {FAMILIES[row['family']]} | {row['questions_per_image']} | {LOOKS[row['way']][0]} "
-            f"| {_spread(row['questions_per_s'], 2)} | {row['tokens_per_s']['median']:,.0f} "
-            f"| {row['real_tokens_share']:.1%} | {row['peak_gib']:.2f} GiB | {_times(row)} "
-            f"| {row['loss_difference']:.0e} |"
-        )
-    return "\n".join(lines)
+    return _speed_table(rows, LOOKS, "Losses differ", lambda row: f"{row['loss_difference']:.0e}")
 
 
 def _decode_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [_HEAD + " Same answers |", _ALIGNED]
+    return _speed_table(rows, DECODE_LOOKS, "Same answers", lambda row: f"{row['same_answers']:.0%}")
+
+
+def _speed_table(
+    rows: Sequence[Mapping[str, Any]],
+    looks: Mapping[str, tuple[str, str, str]],
+    last: str,
+    value: Callable[[Mapping[str, Any]], str],
+) -> str:
+    lines = [f"{_HEAD} {last} |", _ALIGNED]
     for row in rows:
         lines.append(
-            f"| {FAMILIES[row['family']]} | {row['questions_per_image']} | {DECODE_LOOKS[row['way']][0]} "
+            f"| {FAMILIES[row['family']]} | {row['questions_per_image']} | {looks[row['way']][0]} "
             f"| {_spread(row['questions_per_s'], 2)} | {row['tokens_per_s']['median']:,.0f} "
-            f"| {row['real_tokens_share']:.1%} | {row['peak_gib']:.2f} GiB | {_times(row)} "
-            f"| {row['same_answers']:.0%} |"
+            f"| {row['real_tokens_share']:.1%} | {row['peak_gib']:.2f} GiB | {_times(row)} | {value(row)} |"
         )
     return "\n".join(lines)
 

@@ -1,12 +1,12 @@
 # make demo   install into .venv, train on generated endoscopy scenes, evaluate, print the results
-# make test   what continuous integration runs
+# make test   what continuous integration runs; make test-faults hurts runs 90 times more
 # make venv   only install; make clean removes it, and never a run
 
 PYTHON ?= python3
 BIN := .venv/bin
 MINOR := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
 
-.PHONY: demo test venv clean
+.PHONY: demo test test-faults venv clean
 
 demo: venv
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m surgvqa.train recipes/demo.yaml
@@ -16,6 +16,11 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+test-faults: .venv/dev
+	$(BIN)/pytest tests/faults
+	cd tests && ../$(BIN)/python -m faults.many --tries 50
+	cd tests && ../$(BIN)/python -m faults.many --tries 40 --steps 2000
 
 venv: .venv/runtime
 

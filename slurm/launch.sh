@@ -36,6 +36,7 @@ mkdir -p "$folder"
 node='
     trap "" USR1 TERM
     export TMPDIR=${SURGVQA_SCRATCH:-${TMPDIR:-/tmp}}/surgvqa-$SLURM_JOB_ID-$SLURM_NODEID
+    export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[\${rank}] " # each line of the log says whose it is
     export TRITON_CACHE_DIR=$TMPDIR/triton TORCHINDUCTOR_CACHE_DIR=$TMPDIR/inductor
     mkdir -p "$TMPDIR"
     accelerate launch --machine_rank "$SLURM_NODEID" "$@"

@@ -1,4 +1,4 @@
-"""`surgvqa submit` and `surgvqa status`: jobs of slurm/train.sbatch, and how runs are doing. Imports no torch.
+"""`surgvqa submit` and `surgvqa status`: jobs of slurm/train.sbatch, and how runs do. Imports no torch.
 
 `python -m surgvqa.slurm RECIPE key=value …` prints the step of a run's newest checkpoint and how the run last
 ended, for the batch script.
@@ -77,7 +77,7 @@ def submit(argv: Sequence[str]) -> int:
         submissions = _submissions(given)
         if not given.dry_run and shutil.which("sbatch") is None:
             raise BadInput(
-                "sbatch: not found here; submit on a login node of the cluster, or see the commands with --dry-run"
+                "sbatch: not found here; submit on a login node, or see the commands with --dry-run"
             )
         for number, each in enumerate(submissions, 1):
             each.job = f"JOB{number}"

@@ -32,9 +32,10 @@ export OMP_NUM_THREADS=$((cpus > processes ? cpus / processes : 1))
 folder=$PWD/slurm-$SLURM_JOB_ID
 mkdir -p "$folder"
 
-# On each node. A request to stop is for the processes that train: they save and end, and the launcher with them.
+# On each node. In training a request to stop is for the processes that train: they save and end, and then the
+# launcher does.
 node='
-    trap "" USR1 TERM
+    if [[ -n ${SURGVQA_EXIT_FILE:-} ]]; then trap "" USR1 TERM; fi
     export TMPDIR=${SURGVQA_SCRATCH:-${TMPDIR:-/tmp}}/surgvqa-$SLURM_JOB_ID-$SLURM_NODEID
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[\${rank}] " # each line of the log says whose it is
     export TRITON_CACHE_DIR=$TMPDIR/triton TORCHINDUCTOR_CACHE_DIR=$TMPDIR/inductor

@@ -98,7 +98,7 @@ class Jobs:
     def __init__(self, cluster: slurm_cluster.Cluster, runs: Runs) -> None:
         self.cluster, self.runs, self.logs = cluster, runs, runs.folder
         (runs.folder / "sitecustomize.py").write_text(SLOWLY)
-        cluster.environment |= {"PYTHONPATH": f"{ROOT}:{runs.folder}", "SBATCH_CPUS_PER_TASK": "1"}
+        cluster.environment |= {"PYTHONPATH": f"{ROOT}:{runs.folder}"}
 
     def words(self, output: str) -> list[str]:
         return [str(self.runs.recipe), *self.runs._words(output, "checkpoint.every=50")]
@@ -146,7 +146,7 @@ def jobs(cluster: slurm_cluster.Cluster, tmp_path_factory: pytest.TempPathFactor
     yield Jobs(cluster, Runs(tmp_path_factory.mktemp("jobs")))
     for folder in ROOT.glob("slurm-[0-9]*"):
         shutil.rmtree(folder)
-    for log in ROOT.glob("slurm-surgvqa-array-*.out"):
+    for log in ROOT.glob("slurm-surgvqa-*array*.out"):
         log.unlink()
 
 
@@ -177,7 +177,7 @@ def test_a_job_goes_on_until_the_run_is_done(jobs: Jobs) -> None:
         assert jobs.ended(output) == "done"
         jobs.assert_curve(output, jobs.runs.folder / "reference")
         # Requeued by the job itself only where nobody else does.
-        assert log.count("the job goes back into the queue") == (restarts if output == "limited" else 0)
+        assert log.count("asks to go back into the queue") == (restarts if output == "limited" else 0)
 
 
 @needs_slurm
@@ -187,6 +187,11 @@ def test_arrays_chains_and_evaluations(jobs: Jobs) -> None:
     array, evaluation = jobs.surgvqa(0.5, *jobs.words("array"), *evaluated)
     chain = jobs.surgvqa(0.5, *jobs.words("array-chain"), "--chain", "3")
     jobs.until_step("array-seed43", 3)
+    cluster.environment["COLUMNS"] = "200"
+    table = cluster.submit(sys.executable, "-m", "surgvqa.cli", "status", str(folder), cwd=ROOT)
+    (row,) = [line.split() for line in table.splitlines() if "array-seed43" in line]
+    assert row[1:3] == ["running", f"{array}_43"]
+    assert row[3].endswith("/20")
     jobs.ask_to_save(f"{array}_43")
     jobs.until_step("array-chain", 3)
     jobs.ask_to_save(chain[0])

@@ -150,38 +150,17 @@ def jobs(cluster: slurm_cluster.Cluster, tmp_path_factory: pytest.TempPathFactor
         log.unlink()
 
 
-@needs_slurm
-def test_a_job_goes_on_until_the_run_is_done(jobs: Jobs) -> None:
-    """F6: the time limit, a requeue by an administrator and scancel, of three jobs at the same time."""
-    cluster = jobs.cluster
-    # SLURM looks every 30 seconds: it asks after 25 to 55 of the 60.
-    limited = jobs.submit("limited", 2.5, "--time=1", "--signal=B:USR1@5")
-    requeued, cancelled = jobs.submit("requeued", 0.7), jobs.submit("cancelled", 0.7)
-    jobs.until_step("requeued", 4)
-    cluster.ask("scontrol", "requeue", requeued)
-    jobs.until_step("cancelled", 4)
-    cluster.ask("scancel", cancelled)
-    reference = jobs.runs.launched("reference", ["torch.distributed.run", "--standalone"])
-    assert reference.returncode == 0, reference.stderr
+@pytest.fixture(scope="module")
+def limited(jobs: Jobs) -> str:
+    """A job whose time ends before its run does; submitted early, since that takes a minute.
 
-    assert cluster.end(cancelled) == "CANCELLED", jobs.log_of("cancelled").read_text()
-    assert jobs.ended("cancelled") == "preempted"
-    assert cluster.fields(cancelled)["Restarts"] == "0"
-
-    for job, output in ((requeued, "requeued"), (limited, "limited")):
-        assert cluster.end(job, 300) == "COMPLETED", jobs.log_of(output).read_text()
-        log = jobs.log_of(output).read_text()
-        restarts = int(cluster.fields(job)["Restarts"])
-        assert restarts >= 1
-        assert log.count("stopped after step") == log.count("resuming after step") == restarts, log
-        assert jobs.ended(output) == "done"
-        jobs.assert_curve(output, jobs.runs.folder / "reference")
-        # Requeued by the job itself only where nobody else does.
-        assert log.count("asks to go back into the queue") == (restarts if output == "limited" else 0)
+    SLURM looks every 30 seconds: it asks after 25 to 55 of the 60.
+    """
+    return jobs.submit("limited", 2.5, "--time=1", "--signal=B:USR1@5")
 
 
 @needs_slurm
-def test_arrays_chains_and_evaluations(jobs: Jobs) -> None:
+def test_arrays_chains_and_evaluations(jobs: Jobs, limited: str) -> None:
     cluster, folder = jobs.cluster, jobs.runs.folder
     evaluated = ["--array-seeds", "2", "--evaluate", "val"]
     array, evaluation = jobs.surgvqa(0.5, *jobs.words("array"), *evaluated)
@@ -206,3 +185,31 @@ def test_arrays_chains_and_evaluations(jobs: Jobs) -> None:
         assert len(trace(folder / f"array-seed{seed}")) == 20
         assert (folder / f"array-seed{seed}" / "scores.val.json").is_file()
     assert trace(folder / "array-seed42")[0]["ids"] != trace(folder / "array-seed43")[0]["ids"]
+
+
+@needs_slurm
+def test_a_job_goes_on_until_the_run_is_done(jobs: Jobs, limited: str) -> None:
+    """F6: the time limit, a requeue by an administrator and scancel, of three jobs at the same time."""
+    cluster = jobs.cluster
+    requeued, cancelled = jobs.submit("requeued", 0.7), jobs.submit("cancelled", 0.7)
+    jobs.until_step("requeued", 4)
+    cluster.ask("scontrol", "requeue", requeued)
+    jobs.until_step("cancelled", 4)
+    cluster.ask("scancel", cancelled)
+    reference = jobs.runs.launched("reference", ["torch.distributed.run", "--standalone"])
+    assert reference.returncode == 0, reference.stderr
+
+    assert cluster.end(cancelled) == "CANCELLED", jobs.log_of("cancelled").read_text()
+    assert jobs.ended("cancelled") == "preempted"
+    assert cluster.fields(cancelled)["Restarts"] == "0"
+
+    for job, output in ((requeued, "requeued"), (limited, "limited")):
+        assert cluster.end(job, 300) == "COMPLETED", jobs.log_of(output).read_text()
+        log = jobs.log_of(output).read_text()
+        restarts = int(cluster.fields(job)["Restarts"])
+        assert restarts >= 1
+        assert log.count("stopped after step") == log.count("resuming after step") == restarts, log
+        assert jobs.ended(output) == "done"
+        jobs.assert_curve(output, jobs.runs.folder / "reference")
+        # Requeued by the job itself only where nobody else does.
+        assert log.count("asks to go back into the queue") == (restarts if output == "limited" else 0)

@@ -6,6 +6,9 @@ import json
 import os
 import shlex
 import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,74 @@ def test_elsewhere_there_are_no_scripts(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["submit", str(ROOT / DEMO), "--dry-run"]) == 2
     assert "submit from the root of the surgvqa repository" in capsys.readouterr().err
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs train.sbatch with stand-ins for SLURM's programs: `srun` only leaves the code of a run's end."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, lines in {
+        "srun": 'echo "$@" >> srun.txt; echo "$CODE" > "$SURGVQA_EXIT_FILE"; exit 1',
+        "scontrol": '[ "$1" = show ] && echo node1 || echo "$@" >> requeued.txt',
+        "squeue": 'echo "$STATE"',
+        "nvidia-smi": "true",
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (programs / name).chmod(0o755)
+    for name in ("slurm", "surgvqa", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+
+    def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        slurm_sets = {
+            "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "node1", "STATE": "RUNNING",
+            "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }  # fmt: skip
+        return subprocess.run(
+            ["bash", ROOT / "slurm/train.sbatch", DEMO, f"output={tmp_path / 'run'}", *words],
+            env={**os.environ, **slurm_sets, **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"),
+    [("4", "RUNNING", True), ("4", "COMPLETING", False), ("0", "RUNNING", False), ("5", "RUNNING", False)],
+    ids=["time over", "SLURM ends it", "done", "numeric"],
+)
+def test_only_a_run_that_saved_is_requeued(
+    code: str,
+    state: str,
+    requeued: bool,
+    job: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    done = job(CODE=code, STATE=state)
+    assert (tmp_path / "requeued.txt").exists() == requeued, done.stdout + done.stderr
+    assert done.returncode == (0 if requeued else int(code))
+
+
+def test_a_run_that_gets_no_further_is_not_requeued_for_ever(
+    job: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    assert [job(CODE="4").returncode for _ in range(3)] == [0, 0, 4]
+    assert (tmp_path / "requeued.txt").read_text().splitlines() == ["requeue 12"] * 2
+
+
+def test_who_comes_back_does_not_start_over(
+    job: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    flags = ["--fresh", "--yes", "--accept-changes"]
+    job(*flags, CODE="4")
+    job(*flags, CODE="0", SLURM_RESTART_COUNT="1", SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="3")
+    first, second = (tmp_path / "srun.txt").read_text().split("--config_file")[1:]
+    assert "--fresh" in first
+    assert "--fresh" not in second
+    assert "--accept-changes" in second
 
 
 def a_run(folder: Path, steps: int, **ended: object) -> Path:

@@ -249,7 +249,7 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("recipe.yaml", "ended.json", lock.NAME))
+    return any((folder / name).exists() for name in ("metrics.jsonl", "ended.json", lock.NAME))
 
 
 def _queue() -> dict[str, Queued]:

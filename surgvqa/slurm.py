@@ -119,19 +119,17 @@ def _submissions(given: argparse.Namespace) -> list[Submission]:
     name = Path(settings.output).name
     # The comment is where `status` finds the run of a job that has not begun.
     options = [f"--job-name=surgvqa-{name}", f"--comment={output}", *shape, *own, *site, *array]
-    chained = ["--no-requeue", "--export=ALL,SURGVQA_CHAINED=1"] if given.chain else []
     flags = ["--accept-changes"] if given.accept_changes else []
     submissions: list[Submission] = []
     for number in range(given.chain or 1):
-        fresh = ["--fresh", "--yes"] if given.fresh and number == 0 else []
-        begins = [] if number == 0 else chained[1:]
-        submissions.append(
-            Submission(
-                [*options, *chained[:1], *begins],
-                [str(TRAIN), *words, *flags, *fresh],
-                after=submissions[-1] if submissions else None,
-            )
-        )
+        trains = [str(TRAIN), *words, *flags]
+        chained = ["--no-requeue"] if given.chain else []
+        if number == 0 and given.fresh:
+            trains += ["--fresh", "--yes"]
+        if number > 0:
+            chained += ["--export=ALL,SURGVQA_CHAINED=1"]  # ends at once where the run is done
+        before = submissions[-1] if submissions else None
+        submissions.append(Submission([*options, *chained], trains, after=before))
     trained = submissions[-1]
     for part in given.evaluate:
         options = [f"--job-name=surgvqa-evaluate-{name}", *shape, *site, *array]

@@ -26,7 +26,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.
     with slurm_cluster.cluster(nodes=2) as running:
         path = running.environment["PATH"]
         running.environment["PATH"] = f"{programs}:{Path(sys.executable).parent}:{path}"
+        before = set(ROOT.glob("slurm-*"))
         yield running
+    for left in set(ROOT.glob("slurm-*")) - before:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def submit(cluster: slurm_cluster.Cluster, log: Path, *arguments: str) -> tuple[str, str]:
@@ -142,12 +145,8 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs(cluster: slurm_cluster.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    yield Jobs(cluster, Runs(tmp_path_factory.mktemp("jobs")))
-    for folder in ROOT.glob("slurm-[0-9]*"):
-        shutil.rmtree(folder)
-    for log in ROOT.glob("slurm-surgvqa-*array*.out"):
-        log.unlink()
+def jobs(cluster: slurm_cluster.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(cluster, Runs(tmp_path_factory.mktemp("jobs")))
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,23 @@ def show(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"check": check, "show": show, "train": train, "evaluate": evaluate}
+def submit(argv: Sequence[str]) -> int:
+    """Submit a recipe to SLURM: one run or several seeds, requeued or in a chain until done."""
+    from surgvqa.slurm import submit as submit_jobs
+
+    return submit_jobs(argv)
+
+
+def status(argv: Sequence[str]) -> int:
+    """List runs: state, job, step, time to go, best score."""
+    from surgvqa.slurm import status as list_runs
+
+    return list_runs(argv)
+
+
+COMMANDS = {
+    "check": check, "show": show, "train": train, "evaluate": evaluate, "submit": submit, "status": status,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 PREEMPTED, STORAGE, NUMERIC, PEER_LOST = 4, 3, 5, 6
 NAMES = {
@@ -74,7 +75,9 @@ class Stop:
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
     def __enter__(self) -> Stop:
-        self.before = {number: signal.signal(number, self._asked) for number in self.SIGNALS}
+        self.before: dict[signal.Signals, Any] = {
+            number: signal.signal(number, self._asked) for number in self.SIGNALS
+        }
         if _launched():
             _tell_of_parents_death()
         return self
@@ -82,6 +85,14 @@ class Stop:
     def __exit__(self, *failure: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def obeyed(self) -> None:
+        """From here to its end the process heeds no signal: launchers send one to those that are last to end,
+        which must still leave their exit code.
+        """
+        for number in self.SIGNALS:
+            self.before[number] = signal.SIG_IGN
+            signal.signal(number, signal.SIG_IGN)
 
     def __bool__(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:

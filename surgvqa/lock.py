@@ -92,6 +92,22 @@ class Lock:
                 continue  # the disk's trouble shows where something is written
 
 
+def owner(folder: Path) -> dict[str, Any] | None:
+    """Who holds a folder, with `alive`: whether it seems so at a glance, which is for display."""
+    file = folder / NAME
+    found = _read(file)
+    if found is None:
+        return None
+    try:
+        if found.get("host") == socket.gethostname():
+            alive = _alive(file, found)
+        else:
+            alive = time.time() - file.stat().st_mtime < 2 * WATCHED_FOR
+    except (OSError, ValueError, TypeError):
+        alive = False
+    return {**found, "alive": alive}
+
+
 def _read(file: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -68,6 +68,7 @@ def train(settings: Recipe, *, fresh: bool = False, accept_changes: bool = False
                 _train(settings, run, fresh, accept_changes, accelerator, stop, peers)
             except Preempted as error:
                 ending = Preempted(str(error))  # without the frames, which hold the wrapped model
+                stop.obeyed()
             processes.stop(accelerator)
             if ending:
                 raise ending

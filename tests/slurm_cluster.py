@@ -23,7 +23,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
@@ -35,6 +35,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
+KillWait=20
+SchedulerParameters=sched_interval=2,bf_interval=2
 GresTypes=gpu
 PartitionName=all Nodes=ALL Default=YES
 """
@@ -99,28 +101,35 @@ class Cluster:
 
     def run(self, *arguments: str, cwd: Path, timeout: float = 120) -> str:
         """Submit a batch job, wait for its end and return its state, such as COMPLETED or FAILED."""
-        command = ["sbatch", "--parsable", *arguments]
-        submitted = subprocess.run(
+        return self.end(self.submit("sbatch", "--parsable", *arguments, cwd=cwd), timeout)
+
+    def submit(self, *command: str, cwd: Path) -> str:
+        """Run a command that submits something; returns what it prints."""
+        done = subprocess.run(
             command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60
         )
-        assert submitted.returncode == 0, submitted.stderr
-        job = submitted.stdout.strip()
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def end(self, job: str, timeout: float = 120) -> str:
+        """Wait until a job has ended for good, and return its state."""
         _wait(
-            lambda: self._state(job) not in ("PENDING", "RUNNING", "COMPLETING"),
+            lambda: self.fields(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"),
             f"job {job} ends",
             self._folder,
             timeout,
         )
-        return self._state(job)
+        return self.fields(job)["JobState"]
 
     def cancel_all(self) -> None:
         """End every job, and with it the processes that would outlive slurmd."""
         self.ask("scancel", "--user=root")
         _wait(lambda: not self.ask("squeue", "--noheader"), "the cancelled jobs end", self._folder)
 
-    def _state(self, job: str) -> str:
-        fields = dict(word.partition("=")[::2] for word in self.ask("scontrol", "show", "job", job).split())
-        return fields.get("JobState", "PENDING")
+    def fields(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says, such as JobState and Restarts."""
+        said = dict(word.partition("=")[::2] for word in self.ask("scontrol", "show", "job", job).split())
+        return {"JobState": "PENDING", **said}
 
 
 def _configure(folder: Path, host: str, names: list[str]) -> None:

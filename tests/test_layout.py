@@ -17,10 +17,13 @@ PACKAGE = ROOT / "surgvqa"
 ORDER = [
     "demo", "recipe", "endings", "datasets", "letterbox", "metrics", "audit", "hub", "tokens", "tree",
     "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint", "decode",
-    "prepare", "evaluate", "banner", "lock", "run", "peers", "replay", "train", "show", "launch", "cli",
+    "prepare", "evaluate", "banner", "lock", "run", "peers", "replay", "train", "show", "launch", "slurm",
+    "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
-NO_TORCH = ["demo.scenes", "recipe", "datasets", "letterbox", "audit", "hub", "metrics", "launch", "cli"]
+NO_TORCH = [
+    "demo.scenes", "recipe", "datasets", "letterbox", "audit", "hub", "metrics", "launch", "slurm", "cli",
+]  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:

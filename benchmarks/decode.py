@@ -10,7 +10,6 @@ question, and the run fails where their tokens differ.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,8 +20,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.inputs import CANVAS, FAMILIES, SIZES, Setting, write_images, write_model
-from benchmarks.record import RESULTS, write
+from benchmarks import inputs
+from benchmarks.inputs import Setting, write_images, write_model
+from benchmarks.record import write
 from benchmarks.train import image_of, padded
 from benchmarks.turns import Measured, in_turn, line, peak_gib, rows, stopwatch
 from surgvqa import decode
@@ -153,18 +153,13 @@ def same_tokens(results: dict[str, list[Measured]]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.decode", description=__doc__.partition("\n")[0])
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser = inputs.options("decode", __doc__.partition("\n")[0])
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="questions per image")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
-    parser.add_argument("--canvas", type=int, default=CANVAS, help="side in pixels")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, else fp32")
     parser.add_argument(
         "--one-process", action="store_true", help="quicker to start, but all ways share one peak memory"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     precision = given.precision or ("bf16" if given.device.startswith("cuda") else "fp32")
     if bad := [group for group in given.groups if QUESTIONS % group]:

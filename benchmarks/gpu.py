@@ -42,7 +42,7 @@ from surgvqa import attention, flops, hub, memory, model, processes
 from surgvqa.loss import TreeLoss
 from surgvqa.plan import Plan
 from surgvqa.recipe import BadInput, Lora
-from surgvqa.tree import BLOCK, Pack, Questions, packs
+from surgvqa.tree import Pack, Questions, packs
 
 QWEN2, QWEN3 = "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"
 TOKENS = 8192
@@ -447,10 +447,9 @@ def _gradients(bench: Bench, setting: RandomWeights) -> Iterator[Row]:
         if "lora_B" in name:  # zeros at first, and so would be half of the gradients
             values = torch.randn(parameter.shape, generator=generator) * 0.02
             parameter.data.copy_(values)
-    multiple = BLOCK if bench.cuda else 1
     shared = plan(questions, setting.per_image, len(setting.images), 2**62).step(0)
     tree_pack, row_pack = (
-        questions.pack(some, multiple=multiple).to(bench.device)
+        questions.pack(some, cuda=bench.cuda).to(bench.device)
         for some in (shared, [[question] for tree in shared for question in tree])
     )
     attn = bench.compute.attn

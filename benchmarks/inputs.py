@@ -4,6 +4,7 @@ of both families large enough that arithmetic, not Python, takes the time.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.record import RESULTS
 from surgvqa import hub, letterbox, model
 from surgvqa.datasets import Example, ImageRef
 from surgvqa.demo.tiny import write_tiny_model
@@ -128,6 +130,17 @@ class Setting:
             modules=() if full else Lora().modules,
         )
         return network.to(self.device).train()
+
+
+def options(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks on these models take."""
+    parser = argparse.ArgumentParser(f"benchmarks.{name}", description=description)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
+    parser.add_argument("--canvas", type=int, default=CANVAS, help="side in pixels")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser
 
 
 def plain_model(folder: hub.Folder, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

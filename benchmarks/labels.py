@@ -7,7 +7,6 @@ only what is computed again.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,13 +15,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.inputs import CANVAS, FAMILIES, SIZES, Setting, write_images, write_model
-from benchmarks.record import RESULTS, write
+from benchmarks import inputs
+from benchmarks.inputs import Setting, write_images, write_model
+from benchmarks.record import write
 from benchmarks.train import PACK
 from benchmarks.turns import Measured, in_turn, line, peak_gib, rows, stopwatch
 from surgvqa.datasets.endovis18_vqa import LABELS
 from surgvqa.decode import log_probabilities
-from surgvqa.tree import BLOCK, Questions
+from surgvqa.tree import Questions
 
 LIMIT = 1e-5
 """Largest relative difference between the two ways in fp32."""
@@ -57,7 +57,7 @@ def _score(
     tokens, found = 0, []
     with stopwatch(device) as seconds:
         for job in jobs:
-            pack = questions.pack(job, asked=asked, multiple=BLOCK if device.type == "cuda" else 1)
+            pack = questions.pack(job, asked=asked, cuda=device.type == "cuda")
             found += log_probabilities(
                 network, pack.to(device), attn=attn, autocast=setting.autocast
             ).tolist()
@@ -82,15 +82,10 @@ def difference(results: dict[str, list[Measured]]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.labels", description=__doc__.partition(":")[0])
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser = inputs.options("labels", __doc__.partition(":")[0])
     parser.add_argument("--groups", type=int, nargs="+", default=(1, 8), help="questions per image")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
-    parser.add_argument("--canvas", type=int, default=CANVAS, help="side in pixels")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one-process", action="store_true", help="all ways share one peak memory")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     precision = "bf16" if given.device.startswith("cuda") else "fp32"
     table: list[dict[str, Any]] = []

@@ -5,7 +5,6 @@ Every option is compared with the settings that `benchmarks.train` measures, rou
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.inputs import CANVAS, FAMILIES, SIZES, Setting, write_images, write_model
-from benchmarks.record import RESULTS, write
+from benchmarks import inputs
+from benchmarks.inputs import Setting, write_images, write_model
+from benchmarks.record import write
 from benchmarks.train import STEP, loss_difference, plan_of, train_packs
 from benchmarks.turns import Measured, in_turn, line, rows
 from surgvqa import model
@@ -72,15 +72,10 @@ data.workers, by themselves."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.options", description=__doc__.partition("\n")[0])
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser = inputs.options("options", __doc__.partition("\n")[0])
     parser.add_argument("--options", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help=f"optimizer steps of {STEP} questions per round")
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
-    parser.add_argument("--canvas", type=int, default=CANVAS, help="side in pixels")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     precision = "bf16" if given.device.startswith("cuda") else "fp32"
     ways = {name: WAYS[name] for name in ("default", *given.options)}

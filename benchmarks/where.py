@@ -6,7 +6,6 @@ for is Python and the libraries' own bookkeeping.
 
 from __future__ import annotations
 
-import argparse
 import re
 import tempfile
 import time
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.inputs import CANVAS, FAMILIES, SIZES, Setting, write_images, write_model
-from benchmarks.record import RESULTS, write
+from benchmarks import inputs
+from benchmarks.inputs import Setting, write_images, write_model
+from benchmarks.record import write
 from benchmarks.train import LEARNING_RATE
 from surgvqa.loss import TreeLoss
 
@@ -78,13 +78,8 @@ def shares(setting: Setting) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.where", description=__doc__.partition(":")[0])
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser = inputs.options("where", __doc__.partition(":")[0])
     parser.add_argument("--images", type=int, default=2, help="in the step, with 8 questions each")
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the models")
-    parser.add_argument("--canvas", type=int, default=CANVAS, help="side in pixels")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     precision = "bf16" if given.device.startswith("cuda") else "fp32"
     rows = []

@@ -146,8 +146,9 @@ def score(folder: Path) -> float:
 
 def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe that a checkpoint was trained with. Raises BadInput where this version cannot read it."""
+    overrides = list(overrides)
     try:
-        recipe.load(folder / "recipe.yaml")
+        trained = recipe.load(folder / "recipe.yaml")
     except BadInput as error:
         raise BadInput(
             [
@@ -157,7 +158,7 @@ def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
                 *(f"  {problem}" for problem in error.problems),
             ]
         ) from None
-    return recipe.load(folder / "recipe.yaml", overrides)
+    return recipe.load(folder / "recipe.yaml", overrides) if overrides else trained
 
 
 def best(root: Path, up_to: int | None = None) -> Path | None:

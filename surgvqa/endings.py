@@ -29,6 +29,9 @@ NAMES = {
     NUMERIC: "numeric", PEER_LOST: "peer lost",
 }  # fmt: skip
 
+ENDED = "ended.json"
+"""In the run's folder: how its last start ended."""
+
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 

@@ -22,7 +22,7 @@ from surgvqa.loss import TreeLoss
 from surgvqa.plan import Group, Plan
 from surgvqa.processes import anywhere
 from surgvqa.recipe import BadInput
-from surgvqa.tree import BLOCK, Questions
+from surgvqa.tree import Questions
 
 log = logging.getLogger("surgvqa")
 
@@ -176,7 +176,7 @@ def _peak(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    pack = questions.pack(trees, multiple=BLOCK if cuda else 1)
+    pack = questions.pack(trees, cuda=cuda)
     used, fits = 0, True
     try:
         # As in a second micro-batch, or under DDP: gradients are there already.

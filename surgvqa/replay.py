@@ -26,6 +26,7 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     """
     accelerator = processes.start(settings.model.name)
     device = accelerator.device
+    cuda = device.type == "cuda"
     compute = processes.compute(settings.train.precision, settings.model.attn, device)
     prepared = prepare(settings, accelerator, progress=True)
     questions = prepared.questions("train")
@@ -43,7 +44,7 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     torch.manual_seed(processes.seed(settings.train.seed, step - 1, accelerator.process_index))
     nats = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in plan.share(trees, 1)[0]:
-        pack_nats = loss_of(questions.pack(micro_batch).to(device))
+        pack_nats = loss_of(questions.pack(micro_batch, cuda=cuda).to(device))
         (pack_nats / weight).backward()
         nats += pack_nats.detach().double()
     norm = nn.utils.get_total_norm([p.grad for _, p in model.trainable(network) if p.grad is not None])
@@ -53,7 +54,7 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     rows = []
     with torch.no_grad():
         for question in asked:
-            own = float(loss_of(questions.pack([[question]]).to(device)))
+            own = float(loss_of(questions.pack([[question]], cuda=cuda).to(device)))
             example = questions.examples[question]
             rows.append((own, example.id, example.question, example.answers[0]))
     table = Table()

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from surgvqa import checkpoint, endings
+from surgvqa.endings import ENDED
 from surgvqa.lock import Lock
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Log, Recipe
@@ -27,7 +28,7 @@ log = logging.getLogger("surgvqa")
 RECORDS = ("metrics.jsonl", "eval.jsonl", "trace.jsonl")
 """Files with a line per step or evaluation."""
 
-ENDED, CHANGES = "ended.json", "changes.jsonl"
+CHANGES = "changes.jsonl"
 
 HARMLESS = (
     "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.labels", "data.workers",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa import lock, recipe
+from surgvqa.endings import ENDED
 from surgvqa.recipe import BadInput
 
 TRAIN, EVALUATE = Path("slurm/train.sbatch"), Path("slurm/evaluate.sbatch")
@@ -205,7 +206,7 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
     job = queue.get(str(owner["job"])) if owner and owner.get("job") else None
     if job is None:
         job = next((each for each in queue.values() if each.output == folder.resolve()), None)
-    ended = _read(folder / "ended.json")
+    ended = _read(folder / ENDED)
     if owner and owner["alive"]:
         state = "running"
     elif job and job.state == "PENDING":
@@ -247,7 +248,7 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("metrics.jsonl", "ended.json", lock.NAME))
+    return any((folder / name).exists() for name in ("metrics.jsonl", ENDED, lock.NAME))
 
 
 def _queue() -> dict[str, Queued]:
@@ -336,7 +337,7 @@ def main(argv: Sequence[str]) -> int:
         run = Path(recipe.load(words[0], words[1:]).output)
     except BadInput as error:
         return error.exit_code  # training says what is wrong
-    print(saved(run), _read(run / "ended.json").get("name", "unknown"))
+    print(saved(run), _read(run / ENDED).get("name", "unknown"))
     return 0
 
 

@@ -26,7 +26,6 @@ from torch import nn
 
 from surgvqa import checkpoint, evaluate, hub, memory, metrics, model, processes, recipe
 from surgvqa.banner import banner
-from surgvqa.checkpoint import newest
 from surgvqa.endings import Ending, NumericFailure, Preempted, Stop, leave_code
 from surgvqa.flops import Speed
 from surgvqa.loss import TreeLoss
@@ -240,9 +239,10 @@ def _train(
                         "step %d: gradients not finite, no update; questions %s", step, ", ".join(ids)
                     )
                 if skipped == MOST_SKIPPED:
+                    last = checkpoint.newest(run / "checkpoints")[0] or "none yet"
                     raise NumericFailure(
                         f"{skipped} steps in a row without finite gradients, the last at step {step}. "
-                        f"The last good checkpoint: {newest(run / 'checkpoints')[0] or 'none yet'}. "
+                        f"The last good checkpoint: {last}. "
                         "Look at the questions named above, or lower train.lr"
                     )
 

@@ -287,9 +287,9 @@ class Questions:
             grids=[self.canvases[image.key].grid(self.chat.folder.patch) for image in example.images],
         )
 
-    def pack(self, trees: Sequence[Sequence[int]], *, asked: bool = False, multiple: int = 1) -> Pack:
-        """Trees of question numbers as one pack."""
-        return pack([self.tree(tree, asked=asked) for tree in trees], multiple=multiple)
+    def pack(self, trees: Sequence[Sequence[int]], *, asked: bool = False, cuda: bool = False) -> Pack:
+        """Trees of question numbers as one pack; for `cuda` padded to whole blocks."""
+        return pack([self.tree(tree, asked=asked) for tree in trees], multiple=BLOCK if cuda else 1)
 
     def _drawn(self, image: ImageRef) -> Image.Image:
         """An image on its canvas; kept while there is room, since its questions come back every epoch."""
@@ -330,7 +330,7 @@ def packs(
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     questions.room = min(questions.room, KEPT_BYTES // (local * max(1, workers)))
     loader: DataLoader[Any] = DataLoader(
-        _Packing(questions, asked, multiple=BLOCK if cuda else 1),
+        _Packing(questions, asked, cuda),
         batch_size=None,
         sampler=jobs,
         num_workers=workers,
@@ -348,13 +348,13 @@ def packs(
 class _Packing(Dataset[tuple[Label, "Pack | BadInput"]], Generic[Label]):
     """A map from a job to its pack, which is what a DataLoader wants."""
 
-    def __init__(self, questions: Questions, asked: bool, multiple: int) -> None:
-        self.questions, self.asked, self.multiple = questions, asked, multiple
+    def __init__(self, questions: Questions, asked: bool, cuda: bool) -> None:
+        self.questions, self.asked, self.cuda = questions, asked, cuda
 
     def __getitem__(self, job: tuple[Label, Sequence[Sequence[int]]]) -> tuple[Label, Pack | BadInput]:
         label, trees = job
         try:
-            return label, self.questions.pack(trees, asked=self.asked, multiple=self.multiple)
+            return label, self.questions.pack(trees, asked=self.asked, cuda=self.cuda)
         except BadInput as error:  # raised in a worker it would reach the person as a page of traceback
             return label, error
 

@@ -1,12 +1,13 @@
 # make demo   install into .venv, train on generated endoscopy scenes, evaluate, print the results
-# make test   what continuous integration runs; make test-faults hurts runs 90 times more
+# make test   what continuous integration runs; make test-faults tells what became of each fault, and makes 90 more
+# make audit  known vulnerabilities of what is installed, where their list can be reached
 # make venv   only install; make clean removes it, and never a run
 
 PYTHON ?= python3
 BIN := .venv/bin
 MINOR := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
 
-.PHONY: demo test test-faults venv clean
+.PHONY: demo test test-faults audit venv clean
 
 demo: venv
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m surgvqa.train recipes/demo.yaml
@@ -15,12 +16,18 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not long"
 
 test-faults: .venv/dev
-	$(BIN)/pytest tests/faults
+	SURGVQA_EVERY_CALL=1 $(BIN)/pytest -m "fault or long"
 	cd tests && ../$(BIN)/python -m faults.many --tries 50
-	cd tests && ../$(BIN)/python -m faults.many --tries 40 --steps 2000
+	cd tests && ../$(BIN)/python -m faults.many --tries 40 --steps 2000 --apart 50
+
+# pip-audit lives apart, so that it is not among what it looks at.
+audit: .venv/dev
+	@test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && \
+		timeout 120 .venv/audit/bin/python -m pip install --quiet pip-audit; } || true
+	@$(BIN)/python .ci/audit.py
 
 venv: .venv/runtime
 

@@ -47,6 +47,7 @@ def tables(results: Path) -> dict[str, str]:
         "options": _options_table,
         "data": _data_table,
         "where": _where_table,
+        "checkpoint": _checkpoint_table,
         "plan": _plan_table,
         "grouping": _grouping_table,
     }
@@ -184,6 +185,23 @@ def _where_table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             f"| {FAMILIES[row['family']]} | {row['data_s']:.2f} s | {row['data_first_s']:.2f} s "
             f"| {row['compute_s']:.2f} s {shares}|"
+        )
+    return "\n".join(lines)
+
+
+def _checkpoint_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| Model, tune | Trained parameters | Checkpoint | Written | In | An ordinary step "
+        "| Its step waits, in steps | In all it costs, in steps |",
+        "|---|--:|--:|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        way = {"background": "in the background", "waiting": "while training waits"}[row["way"]]
+        lines.append(
+            f"| {FAMILIES[row['family']]}, {row['tune']} | {row['trained_parameters'] / 1e6:.1f} million "
+            f"| {row['mib']:,.1f} MiB | {way} | {_spread(row['written_s'], 2)} s "
+            f"| {_spread(row['step_s'], 2)} s | {_spread(row['waited_steps'], 2)} "
+            f"| {_spread(row['cost_steps'], 2)} |"
         )
     return "\n".join(lines)
 

@@ -60,10 +60,20 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         },
         "vision": {"width": 128, "depth": 4, "num_heads": 4},
     },
+    "medium": {
+        "text": {
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+        },
+        "vision": {"width": 128, "depth": 4, "num_heads": 4},
+    },
     "tiny": {"text": {}, "vision": {}},
 }
-"""`small` has 6 to 7 million parameters, the vision tower's share about that of Qwen2-VL-7B; `tiny` is the
-demo's model, for trying the benchmarks."""
+"""`small` has 6 to 7 million parameters, the vision tower's share about that of Qwen2-VL-7B; `medium` has
+about 40 million; `tiny` is the demo's model, for trying the benchmarks."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-# What the batch scripts share; they read this file in the repository's root. `launch MODULE ARGUMENT...` becomes an
-# srun of one launcher per node, with a process for every GPU that SLURM granted.
+# What the batch scripts share; they read this file in the repository's root. `launch MODULE ARGUMENT...` runs one
+# launcher per node, with a process for every GPU that SLURM granted, and leaves srun's exit code in `code`.
 
 source slurm/site.sh
 if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
@@ -22,11 +22,18 @@ elif ! nvidia-smi --list-gpus &>/dev/null; then
     export ACCELERATE_USE_CPU=true
 fi
 
-# On one node port 0 lets Accelerate take a free one. Several nodes need one known to all and not another job's.
-port=$((nodes > 1 ? 10000 + SLURM_JOB_ID % 20000 : 0))
+# On one node port 0 lets Accelerate take a free one. Several nodes are told one that is free on the first, which is
+# where this runs.
+port=0
+if ((nodes > 1)); then
+    port=$(python3 -c 'import socket; free = socket.socket(); free.bind(("", 0)); print(free.getsockname()[1])')
+fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 cpus=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=$((cpus > processes ? cpus / processes : 1))
+
+# The launcher gives its processes 30 seconds to save, unless told otherwise; SLURM may give them more.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 # Logs of each process, beside the job's own, and what the run says of its end.
 folder=$PWD/slurm-$SLURM_JOB_ID
@@ -36,22 +43,30 @@ mkdir -p "$folder"
 # launcher does.
 node='
     if [[ -n ${SURGVQA_EXIT_FILE:-} ]]; then trap "" USR1 TERM; fi
-    export TMPDIR=${SURGVQA_SCRATCH:-${TMPDIR:-/tmp}}/surgvqa-$SLURM_JOB_ID-$SLURM_NODEID
+    # A new folder that only this user can write: what is compiled there is run.
+    scratch=${SURGVQA_SCRATCH:-${TMPDIR:-/tmp}}
+    mkdir -p "$scratch" && TMPDIR=$(mktemp -d "$scratch/surgvqa-$SLURM_JOB_ID-$SLURM_NODEID.XXXXXX") || exit
+    export TMPDIR
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[\${rank}] " # each line of the log says whose it is
     export TRITON_CACHE_DIR=$TMPDIR/triton TORCHINDUCTOR_CACHE_DIR=$TMPDIR/inductor
-    mkdir -p "$TMPDIR"
     accelerate launch --machine_rank "$SLURM_NODEID" "$@"
     code=$?
     rm -rf "$TMPDIR"
     exit "$code"
 '
 
-# A node that is done early must not have the others killed while they save: they get two minutes.
+# A node that is done early must not have the others killed while they save: they get two minutes. srun runs beside
+# this shell, which else would hear of signals only afterwards.
 launch() {
-    exec srun --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait=120 bash -c "$node" - \
+    srun --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait=120 bash -c "$node" - \
         --config_file accelerate_configs/multinode.yaml \
         --num_machines "$nodes" --num_processes $((nodes * processes)) \
         --main_process_ip "$first" --main_process_port "$port" \
         --log_dir "$folder" --tee 3 \
-        -m "$@"
+        -m "$@" &
+    local srun=$!
+    while true; do
+        wait "$srun" && code=0 || code=$?
+        kill -0 "$srun" 2>/dev/null || break # else it was a signal that ended the wait
+    done
 }

@@ -20,7 +20,7 @@ from surgvqa import datasets
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem
 from surgvqa.letterbox import Size, check_aspect, open_rgb
 from surgvqa.metrics import normalise
-from surgvqa.recipe import Part, Recipe
+from surgvqa.recipe import Part, Recipe, printable
 
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -225,7 +225,7 @@ def condensed(problems: Iterable[Problem]) -> list[str]:
             )
         else:
             lines += map(str, same)
-    return [_one_line(line) for line in lines]
+    return [printable(line) for line in lines]
 
 
 def _broken(key: str, why: str, examples: Sequence[Example]) -> Problem:
@@ -326,8 +326,9 @@ def _conflicts(dataset: Dataset) -> Iterator[Problem]:
 def _shown(results: Iterator[_Image | str], total: int, progress: bool) -> Iterable[_Image | str]:
     if not progress:
         return results
-    from rich.console import Console
     from rich.progress import track
+
+    from surgvqa.terminal import Console
 
     console = Console(stderr=True)
     return track(results, "images", total, console=console, transient=True, disable=not console.is_terminal)
@@ -344,8 +345,3 @@ def _counted(answers: Counter[str]) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _one_line(text: str) -> str:
-    """Line breaks and control characters, which file names may hold, written as escapes."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from surgvqa import hub, letterbox, metrics, model
+from surgvqa import hub, letterbox, metrics, model, processes
 from surgvqa.memory import Fit
 from surgvqa.plan import Plan
 from surgvqa.prepare import Prepared
@@ -82,7 +82,7 @@ def banner(
 
 def _world(accelerator: Accelerator) -> str:
     device, world = accelerator.device, accelerator.num_processes
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    where = processes.name(device)
     if world == 1:
         return f"1 process, {where}"
     return f"distributed, {world} processes, {torch.distributed.get_backend()}, {where}"

@@ -1,39 +1,137 @@
 """Checkpoints: written aside, verified, found by step; a folder that PEFT and transformers load as it is.
 
     checkpoints/
-        .tmp-step-000200/     being written; what a killed run leaves is removed at the next start
-        step-000200/          adapter_model.safetensors or model.safetensors, tokenizer, processor,
-                              recipe.yaml, optimizer.safetensors, state.json, manifest.json
+        .tmp-step-000200/            being written or deleted
+        .tmp-replaced-step-000200/   the former one of this step, until the new one is verified
+        step-000200/                 adapter_model.safetensors or model.safetensors, tokenizer, processor,
+                                     recipe.yaml, optimizer.safetensors, state.json, manifest.json
 
 state.json holds the step, a digest of the training data and, where it was evaluated, the score.
 
-The manifest holds size and SHA-256 of every other file. A folder counts only if all of them agree.
+The manifest holds size and SHA-256 of every other file. A folder counts only if all of them agree, and if it
+holds plain files alone, no pickles among them. What a killed run leaves is put in order at the next start;
+whatever else lies here is left alone.
+
+Training goes on while a `Writer` writes, in a thread of its own, what it copied into host memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from surgvqa import recipe
+from surgvqa import memory, recipe
 from surgvqa.endings import StorageFailure
 from surgvqa.recipe import BadInput, Recipe
 
+log = logging.getLogger("surgvqa")
+
 MANIFEST, STATE = "manifest.json", "state.json"
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+"""What such files hold could run code when it is read; we write none."""
+_NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 _OWN = re.compile(r"step-(\d{6,})\Z")
+_ASIDE = re.compile(r"\.tmp-(replaced-)?(step-\d{6,})\Z")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a checkpoint took."""
+
+    step: int
+    bytes: int
+    seconds: float
+    """From the end of its step until it was verified and older ones were deleted."""
+    waited: float
+    """Seconds that training waited: for the copy, and for the rest where something needed it whole."""
+
+
+class Writer:
+    """Writes checkpoints while training goes on, one at a time. Only the main process's writes.
+
+    `tell` is called, by `write`, `failed` or `wait`, with what each took.
+    """
+
+    def __init__(self, root: Path, keep: int, tell: Callable[[Written], None]) -> None:
+        self.root, self.keep, self.tell = root, keep, tell
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Written] | None = None
+        self._waited = 0.0
+
+    def write(self, step: int, fill: Callable[..., None], *tensors: Mapping[str, Tensor]) -> None:
+        """Begin to write a step's checkpoint: `fill(folder, *tensors)`, with the tensors as they are now.
+
+        Where a copy of them would take more than half of the host's free memory, nothing is copied, and the
+        checkpoint is written when this returns. Raises what `wait` raises, of the one before.
+        """
+        self.wait()
+        began = time.perf_counter()
+        unique = {id(tensor): tensor.nbytes for each in tensors for tensor in each.values()}
+        copied = 2 * sum(unique.values()) <= memory.host_free()
+        held = [copies(each) for each in tensors] if copied else tensors
+        self._pending = self._thread.submit(self._write, step, began, fill, held)
+        self._waited = time.perf_counter() - began
+        if not copied:
+            self.wait()
+
+    def failed(self) -> bool:
+        """Whether the write that was going on has failed, which `wait` raises. Never waits."""
+        if self._pending is None or not self._pending.done():
+            return False
+        if self._pending.exception() is None:
+            self.wait()
+        return self._pending is not None
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises StorageFailure, once, where it could not be written."""
+        if self._pending is not None:
+            began = time.perf_counter()
+            pending, self._pending = self._pending, None
+            written = pending.result()
+            self.tell(replace(written, waited=self._waited + time.perf_counter() - began))
+
+    def _write(self, step: int, began: float, fill: Callable[..., None], tensors: Iterable[Any]) -> Written:
+        with writing(self.root, step, keep=self.keep) as folder:
+            fill(folder, *tensors)
+        size = sum(file.stat().st_size for file in _files(self.root / folder_name(step)))
+        return Written(step, size, time.perf_counter() - began, 0.0)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Wait for what is being written; where the run ends for another reason, a failure is only logged."""
+        try:
+            self.wait()
+        except Exception as failure:
+            if error is None:
+                raise
+            log.error("%s", failure)
+        finally:
+            self._thread.shutdown()
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in host memory, whatever becomes of the originals; of tied ones a single copy."""
+    made = {id(tensor): tensor.detach().to("cpu", copy=True).contiguous() for tensor in tensors.values()}
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -46,6 +144,8 @@ def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
     final, aside = root / folder_name(step), root / f".tmp-{folder_name(step)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
+        if final.exists() and not _ours(final):
+            raise FileExistsError("something that is not a checkpoint has its name; move it away")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         yield aside
@@ -53,17 +153,16 @@ def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
         for file in _files(aside):
             _sync(file)
         _sync(aside)
-        replaced = root / f".tmp-replaced-{folder_name(step)}"
         if final.exists():
-            final.rename(replaced)
+            final.rename(root / f".tmp-replaced-{final.name}")
         aside.rename(final)
         _sync(root)
-        shutil.rmtree(replaced, ignore_errors=True)
         if problems := verify(final):
+            final.rename(aside)
             raise OSError(f"it does not hold what was written: {'; '.join(problems)}")
     except (OSError, SafetensorError) as error:
         written = sum(file.stat().st_size for file in _files(aside)) if aside.is_dir() else 0
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_leftovers(root)
         last = newest(root)[0]
         raise StorageFailure(
             f"{final}: the checkpoint could not be written: {error} ({written:,} bytes of it were, "
@@ -74,16 +173,26 @@ def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
     kept = {best(root, up_to=step), *[folder for old, folder in ours if old <= step][-keep:]}
     for _, folder in ours:
         if folder not in kept:
-            shutil.rmtree(folder)
+            folder.rename(root / f".tmp-{folder.name}")
+    remove_leftovers(root)
 
 
-def room(run: Path, needed: int) -> None:
-    """Raise StorageFailure where a checkpoint of so many bytes would not fit beside what is there."""
+def room(run: Path, size: int, *, keep: int, saves: int) -> None:
+    """Raise StorageFailure where the disk has no room for the checkpoints to come.
+
+    They are `saves`, of about `size` bytes each; `keep` of them, the best included, lie there while one more
+    is written. What already lies there counts as theirs.
+    """
+    there = [folder for _, folder in steps(run / "checkpoints")]
+    most = min(len(there) + saves, keep + 1)
+    needed = most * size - sum(file.stat().st_size for folder in there for file in _files(folder))
+    needed = max(needed, size) if saves else 0
     free = shutil.disk_usage(run).free
     if free < needed:
         raise StorageFailure(
-            f"output: {run}: a checkpoint takes about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are "
-            "free; make room, or choose another output"
+            f"output: {run}: a checkpoint takes about {_mib(size)}, and up to {most} lie there at a time "
+            f"(checkpoint.keep, the best, one being written). That is {_mib(needed)} more than is there now, "
+            f"and {_mib(free)} are free; make room, choose another output, or lower checkpoint.keep"
         )
 
 
@@ -95,7 +204,9 @@ def steps(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of what looks like a checkpoint of ours, oldest first; not yet verified."""
     found = [(_OWN.match(folder.name), folder) for folder in root.iterdir()] if root.is_dir() else []
     return sorted(
-        (int(match[1]), folder) for match, folder in found if match and (folder / MANIFEST).is_file()
+        (int(match[1]), folder)
+        for match, folder in found
+        if match and not folder.is_symlink() and _ours(folder)
     )
 
 
@@ -111,37 +222,55 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, file by file; nothing where it is whole."""
+    """What is wrong with a checkpoint, file by file; nothing where it is whole.
+
+    Of files that the manifest does not name, only pickles, links and the like are refused.
+    """
+    if not (folder / MANIFEST).is_file():
+        return [f"{MANIFEST}: missing"]
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = _expected(folder)
+    except _NO_MANIFEST as error:
         return [f"{MANIFEST}: unreadable ({error})"]
-    problems = []
+    problems = [] if STATE in expected else [f"{MANIFEST}: does not name {STATE}"]
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix in PICKLES:
+            problems.append(f"{name}: could run code when it is read, and is not of surgvqa")
+        elif file.is_symlink() or not (file.is_file() or file.is_dir()):
+            problems.append(f"{name}: is a link, a pipe or a device")
     for name, (size, digest) in expected.items():
         file = folder / name
-        if not file.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            problems.append(f"{name}: is not in the checkpoint's folder")
+        elif not file.is_file():
             problems.append(f"{name}: missing")
         elif file.stat().st_size != size:
             problems.append(f"{name}: {file.stat().st_size} bytes instead of {size}")
         elif _sha256(file) != digest:
             problems.append(f"{name}: content changed")
+        elif file.suffix == ".safetensors" and (fault := _unreadable(file)):
+            problems.append(f"{name}: {fault}")
     return problems
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what a killed run was still writing."""
-    for folder in root.glob(".tmp-*"):
-        shutil.rmtree(folder)
+    """Delete what was being written or deleted, and put back what was to be replaced and is not yet."""
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        match = _ASIDE.match(folder.name)
+        if match and match[1] and not (root / match[2]).exists():
+            folder.rename(root / match[2])
+        elif match:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def score(folder: Path) -> float:
     """What evaluation gave a checkpoint, from its state.json; minus infinity where it was not evaluated."""
     try:
         value = json.loads((folder / STATE).read_text(encoding="utf-8")).get("score")
-    except (OSError, ValueError, AttributeError):
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else -math.inf
+    except (OSError, ValueError, AttributeError, RecursionError, OverflowError):
         return -math.inf
-    return float(value) if isinstance(value, (int, float)) else -math.inf
 
 
 def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -175,27 +304,26 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old one or the new one, whole."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    aside.unlink(missing_ok=True)
+    with aside.open("x", encoding="utf-8") as file:  # a new file: a link of that name is not followed
+        file.write(text)
     _sync(aside)
     aside.replace(path)
 
 
-def save_optimizer(
-    file: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> None:
-    """AdamW's moments as `parameter name|moment` → tensor."""
-    tensors = {
-        f"{name}|{key}": value.detach().cpu().contiguous()
+def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """AdamW's own moments as `parameter name|moment` → tensor."""
+    return {
+        f"{name}|{key}": value
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    save_file(tensors, file)
 
 
 def load_optimizer(
     file: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """The inverse of `save_optimizer`. Raises KeyError where a parameter has no moments in the file."""
+    """Put `moments` back, from a safetensors file. Raises KeyError where it has none of a parameter."""
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(file).items():
         name, _, moment = key.rpartition("|")
@@ -210,11 +338,38 @@ def load_optimizer(
             }
 
 
+def _ours(folder: Path) -> bool:
+    """Whether a folder has, or by its manifest had, a step's state."""
+    try:
+        return (folder / STATE).is_file() or STATE in _expected(folder)
+    except _NO_MANIFEST:
+        return False
+
+
+def _expected(folder: Path) -> dict[str, tuple[int, str]]:
+    """File name → (bytes, SHA-256), as the manifest has it."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
+
+
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
         for file in _files(folder)
     }
+
+
+def _unreadable(file: Path) -> str | None:
+    """What safetensors says of a file that is none."""
+    try:
+        with safe_open(file, "pt"):
+            return None
+    except (OSError, SafetensorError) as error:
+        return f"no safetensors file ({error})"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -224,7 +379,7 @@ def _files(folder: Path) -> list[Path]:
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
+        while block := stream.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
 

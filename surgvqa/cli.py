@@ -40,7 +40,7 @@ def _check(file: str, overrides: Sequence[str]) -> int:
         special_tokens = hub.find(settings.model.name, settings.model.revision).special_tokens
     except BadInput as error:
         if hub.is_remote(settings.model.name):
-            print(f"{file}: the model was not looked at: {error}")
+            print(recipe.printable(f"{file}: the model was not looked at: {error}"))
         else:
             code = recipe.explain(error)
     try:
@@ -58,9 +58,8 @@ def train(argv: Sequence[str]) -> int:
     parser.add_argument("--replay", type=int)
     given, rest = parser.parse_known_args(argv)
     if given.replay is not None:
-        from rich.console import Console
-
         from surgvqa.replay import replay
+        from surgvqa.terminal import Console
 
         try:
             replay(recipe.load(rest[0] if rest else "", rest[1:]), given.replay, Console())
@@ -95,9 +94,8 @@ def show(argv: Sequence[str]) -> int:
     parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="(default: train)")
     parser.add_argument("--out", type=Path, default=Path("show"), help="folder to write into (default: show)")
     given = parser.parse_intermixed_args(argv)
-    from rich.console import Console
-
     from surgvqa.show import show as show_tree
+    from surgvqa.terminal import Console
 
     try:
         settings = recipe.load(given.recipe, given.overrides)

@@ -5,7 +5,7 @@
     3  storage: a disk is full, or cannot be written
     4  preempted: asked to stop and saved; the same command goes on
     5  numeric: gradients stayed non-finite
-    6  peer lost: another process of the run died or is stuck
+    6  peer lost: another process of the run, a data worker included, died or is stuck
 
 `accelerate launch` and `torchrun` end with 1 whatever the processes' own code was. So the main process also
 writes its code to `ended.json` in the run's folder, and to the file that SURGVQA_EXIT_FILE names.
@@ -17,6 +17,7 @@ import ctypes
 import errno
 import os
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -63,23 +64,28 @@ def is_storage(error: OSError) -> bool:
 
 
 class Stop:
-    """Whether this process was asked to stop: by a signal, by its launcher's death, or by time.
+    """Whether this process was asked to stop: by a signal, by its launcher's death, by time, or by the file
+    that SURGVQA_STOP_FILE names, once it is there.
 
     A second signal ends the process at once. One that comes within SAME seconds is taken for the first,
-    which launchers pass on to processes that have it already.
+    which launchers pass on to processes that have it already. Under nohup SIGHUP asks for nothing.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     SAME = 3.0
 
     def __init__(self, max_hours: float | None = None) -> None:
         self.reason: str | None = None
         self.since = 0.0
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        file = os.environ.get("SURGVQA_STOP_FILE")
+        self.file = Path(file) if file else None
 
     def __enter__(self) -> Stop:
         self.before: dict[signal.Signals, Any] = {
-            number: signal.signal(number, self._asked) for number in self.SIGNALS
+            number: signal.signal(number, self._asked)
+            for number in self.SIGNALS
+            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)
         }
         if _launched():
             _tell_of_parents_death()
@@ -100,9 +106,13 @@ class Stop:
     def __bool__(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.reason = "train.max_hours is over"
+        if self.reason is None and self.file is not None and os.access(self.file, os.F_OK):
+            self.reason = f"asked by {self.file}"
         return self.reason is not None
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _print_nowhere()
         if self.reason is None:
             self.reason, self.since = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self.since > self.SAME:
@@ -114,6 +124,15 @@ def ignore_signals(worker: int) -> None:
     """For data workers: they end with the process that they work for, after it has saved."""
     for number in Stop.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _print_nowhere() -> None:
+    """Where the terminal is gone, printing would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for standard in (1, 2):
+        if stat.S_ISCHR(os.fstat(standard).st_mode) and not os.isatty(standard):
+            os.dup2(nowhere, standard)
+    os.close(nowhere)
 
 
 def _launched() -> bool:

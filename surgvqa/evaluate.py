@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from surgvqa import checkpoint, metrics, processes, recipe
 from surgvqa.datasets import Example
 from surgvqa.decode import greedy, log_probabilities
-from surgvqa.endings import Preempted, Stop
+from surgvqa.endings import PeerLost, Preempted, Stop
 from surgvqa.metrics import Prediction
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import Compute, main_first
 from surgvqa.recipe import BadInput, Part
-from surgvqa.tree import Pack, Questions, packs
+from surgvqa.terminal import Console
+from surgvqa.tree import Pack, Questions, packs, workers_watched
+
+log = logging.getLogger("surgvqa")
 
 _TREES_AT_ONCE = 64
 """Trees per process that are shared out together; bounds the time that takes."""
@@ -247,9 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        evaluate(arguments.run, arguments.split, arguments.overrides)
+        with workers_watched():
+            evaluate(arguments.run, arguments.split, arguments.overrides)
     except BadInput as error:
         return recipe.explain(error)
+    except PeerLost as error:
+        log.error("%s", error)
+        return error.exit_code
     return 0
 
 

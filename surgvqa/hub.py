@@ -22,6 +22,7 @@ from surgvqa.recipe import BadInput
 
 FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen3_vl": "Qwen3-VL"}
 
+_INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja"]
 _PROCESSOR_FILES = (
     "tokenizer.json",
@@ -76,7 +77,7 @@ def find(name: str, revision: str | None = None) -> Folder:
         path = _download(name, revision, _SMALL_FILES)
     config = _json(path / "config.json", f"{name} is not a model folder")
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise BadInput(
             f"{name}: model_type is {family!r}; surgvqa trains Qwen2-VL (qwen2_vl) and Qwen3-VL (qwen3_vl)"
         )
@@ -88,21 +89,51 @@ def find(name: str, revision: str | None = None) -> Folder:
             "Copy the tokenizer files of the original model into the folder"
         )
     _json(path / "preprocessor_config.json", f"{name}: the image processor's settings are missing")
-    vision = config.get("vision_config", {})
-    return Folder(
-        path=path,
-        name=name,
-        revision=revision,
-        family=family,
-        patch=int(vision.get("patch_size", 14 if family == "qwen2_vl" else 16)),
-        merge=int(vision.get("spatial_merge_size", 2)),
-        special={
+    if problems := refused(path, name):
+        raise BadInput(problems)
+    try:
+        vision = config.get("vision_config", {})
+        patch = int(vision.get("patch_size", 14 if family == "qwen2_vl" else 16))
+        merge = int(vision.get("spatial_merge_size", 2))
+        special = {
             "<|image_pad|>": int(config.get("image_token_id", 151655)),
             "<|vision_start|>": int(config.get("vision_start_token_id", 151652)),
             "<|vision_end|>": int(config.get("vision_end_token_id", 151653)),
-        },
-        special_tokens=_special_tokens(path),
-    )
+        }
+        special_tokens = _special_tokens(path)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"{name}: config.json or the tokenizer's files in {path} are not laid out like "
+            f"{FAMILIES[family]}'s: {type(error).__name__}: {error}"
+        ) from None
+    if not (1 <= patch <= 64 and 1 <= merge <= 64):
+        raise BadInput(
+            f"{name}: patch_size {patch} and spatial_merge_size {merge} in {path}/config.json: not 1 to 64"
+        )
+    return Folder(path, name, revision, family, patch, merge, special, special_tokens)
+
+
+def refused(path: Path, name: str) -> list[str]:
+    """What in a folder would have transformers read another model, pickles or files elsewhere."""
+    problems = []
+    if (path / "adapter_config.json").exists():
+        problems.append(
+            f"{name}: {path} holds adapters (adapter_config.json), not a whole model; give the model "
+            "that they belong to"
+        )
+    if "quantization_config" in _json(path / "config.json", f"{name} is not a model folder"):
+        problems.append(
+            f"{name}: {path}/config.json has a quantization_config; only weights that are not quantized are "
+            "read"
+        )
+    index = path / _INDEX
+    shards = _json(index, f"{name}: unreadable index").get("weight_map") if index.exists() else {}
+    if not isinstance(shards, dict):
+        return [*problems, f"{name}: unreadable index: {index} has no weight_map"]
+    for shard in sorted({str(shard) for shard in shards.values()}):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            problems.append(f"{name}: {index} names {shard!r}; only *.safetensors beside it are read")
+    return problems
 
 
 def with_weights(folder: Folder) -> Path:
@@ -113,7 +144,7 @@ def with_weights(folder: Folder) -> Path:
     path = folder.path
     if not Path(folder.name).is_dir():
         path = _download(folder.name, folder.revision, [*_SMALL_FILES, "*.safetensors"])
-    index = path / "model.safetensors.index.json"
+    index = path / _INDEX
     if index.is_file():
         shards = sorted(set(_json(index, f"{folder.name}: unreadable index")["weight_map"].values()))
     else:
@@ -141,9 +172,15 @@ def copy_processor(folder: Folder, target: Path) -> None:
 
     With adapters the base model's config.json too, for whoever asks what they belong to.
     """
-    for name in (*_PROCESSOR_FILES, "config.json"):
-        if (folder.path / name).is_file() and not (target / name).exists():
-            shutil.copyfile(folder.path / name, target / name)
+    for file in processor_files(folder):
+        if not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+
+
+def processor_files(folder: Folder) -> list[Path]:
+    """What `copy_processor` copies."""
+    files = [folder.path / name for name in (*_PROCESSOR_FILES, "config.json")]
+    return [file for file in files if file.is_file()]
 
 
 def _special_tokens(path: Path) -> frozenset[str]:
@@ -180,9 +217,11 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _json(path: Path, failure: str) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise BadInput(f"{failure}: {path} is not a file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{failure}: {path}: {error}") from None
     if not isinstance(content, dict):
         raise BadInput(f"{failure}: {path} does not hold an object")

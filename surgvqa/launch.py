@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -16,7 +17,11 @@ def launch(gpus: str, arguments: list[str]) -> NoReturn:
     config = configs() / ("1gpu.yaml" if count == 1 else "2gpu.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(count), "-m", "surgvqa.train", *arguments]
-    os.execv(sys.executable, command)
+    # The launcher would kill processes that take longer than 30 seconds to save, and heed SIGHUP under nohup.
+    defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        defaults["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
+    os.execve(sys.executable, command, {**defaults, **os.environ})
 
 
 def configs() -> Path:

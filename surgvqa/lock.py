@@ -1,21 +1,29 @@
 """One run, one folder: who owns it, and whether the owner still lives.
 
 The lock is a file made by a hard link, which is atomic on NFS too. Its owner touches it every few seconds.
-Nobody compares clocks: who finds the lock of another machine watches for a while whether it is touched.
+Nobody compares clocks: who finds the lock of another machine or container watches for a while whether it is
+touched. An owner that finds its folder taken over, because it was stopped for long, ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
 import socket
 import threading
 import time
+import uuid
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from surgvqa.endings import leave_code
 from surgvqa.recipe import BadInput
+
+log = logging.getLogger("surgvqa")
 
 NAME = ".lock"
 TOUCHED_EVERY = 10.0
@@ -35,6 +43,7 @@ class Lock:
         self.owner = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "place": _place(),
             "started": _started(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
             "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -62,34 +71,39 @@ class Lock:
 
     def _taken(self) -> bool:
         """Whether this process could make the lock its own."""
-        own = self.file.with_name(f"{NAME}.{self.owner['host']}.{os.getpid()}")
-        own.write_text(json.dumps(self.owner), encoding="utf-8")
+        own = self.file.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        with own.open("x", encoding="utf-8") as file:  # a new file: a link of that name is not followed
+            file.write(json.dumps(self.owner))
         try:
-            os.link(own, self.file)
-        except FileExistsError:
-            return False
+            with contextlib.suppress(FileExistsError):  # which NFS may also say of a link that it has made
+                os.link(own, self.file)
         finally:
-            own.unlink()
-        return True
+            own.unlink(missing_ok=True)
+        return _read(self.file) == self.owner
 
     def _remove(self, stale: dict[str, Any] | None) -> None:
         """Clear a stale lock away, unless another process was faster and has it now."""
-        aside = self.file.with_name(f"{NAME}.stale.{self.owner['host']}.{os.getpid()}")
-        try:
-            self.file.rename(aside)
-        except FileNotFoundError:
-            return
-        if _read(aside) != stale and not self.file.exists():
-            aside.rename(self.file)
-        else:
-            aside.unlink()
+        with contextlib.suppress(FileNotFoundError), self.file.open("r+", encoding="utf-8") as stream:
+            with contextlib.suppress(OSError):  # not everywhere; then it shows at the next touch
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            if _parsed(stream) == stale and os.path.samestat(os.fstat(stream.fileno()), self.file.stat()):
+                self.file.unlink()
 
     def _touch(self) -> None:
         while not self._ended.wait(TOUCHED_EVERY):
-            try:
-                os.utime(self.file)
-            except OSError:
-                continue  # the disk's trouble shows where something is written
+            with contextlib.suppress(OSError):  # the disk's trouble shows where something is written
+                found = _read(self.file)
+                if found == self.owner:
+                    os.utime(self.file)
+                elif found is not None:
+                    log.error(
+                        "%s is held by process %s on %s: it took the folder over. This run ends without "
+                        "writing any more",
+                        *(self.file, found.get("pid"), found.get("host")),
+                    )
+                    os._exit(leave_code(BadInput.exit_code))
+                elif self._taken():
+                    log.warning("warning: %s was removed by somebody; this run took it again", self.file)
 
 
 def owner(folder: Path) -> dict[str, Any] | None:
@@ -99,27 +113,39 @@ def owner(folder: Path) -> dict[str, Any] | None:
     if found is None:
         return None
     try:
-        if found.get("host") == socket.gethostname():
+        if _here(found):
             alive = _alive(file, found)
         else:
-            alive = time.time() - file.stat().st_mtime < 2 * WATCHED_FOR
+            alive = abs(time.time() - file.stat().st_mtime) < 2 * WATCHED_FOR  # clocks are set back, too
     except (OSError, ValueError, TypeError):
         alive = False
     return {**found, "alive": alive}
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():  # reading a pipe would wait for ever
+        return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with file.open(encoding="utf-8") as stream:
+            return _parsed(stream)
+    except OSError:
+        return None
+
+
+def _parsed(stream: TextIO) -> dict[str, Any] | None:
+    try:
+        content = json.load(stream)
+    except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
 
 def _alive(file: Path, owner: dict[str, Any]) -> bool:
-    """Whether the owner of a lock still lives; takes a while for one on another machine."""
-    if owner.get("host") == socket.gethostname():
-        return owner.get("started") is not None and _started(int(owner.get("pid", 0))) == owner["started"]
+    """Whether the owner of a lock still lives; takes a while where its process cannot be seen from here."""
+    if _here(owner):
+        return _started(owner.get("pid", 0)) == owner.get("started") is not None
+    if owner.get("host") is None:
+        return False
     before, until = _mark(file), time.monotonic() + WATCHED_FOR
     while time.monotonic() < until:
         time.sleep(1)
@@ -137,14 +163,30 @@ def _mark(file: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_ino
 
 
-def _started(pid: int) -> str | None:
-    """When a process of this machine began: boot and clock ticks since (proc(5), field 22); None without it.
+def _here(owner: dict[str, Any]) -> bool:
+    """Whether the owner's process number means the same process here. Its host's name does not tell:
+    containers and machines may share it."""
+    return owner.get("place") is not None and owner["place"] == _place()
+
+
+def _place() -> str | None:
+    """This boot of this machine, and in it this container; None where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def _started(pid: object) -> str | None:
+    """When a process of this place began, in clock ticks since the boot (proc(5), field 22); None without it.
 
     A number that is given to another process later does not begin at the same tick.
     """
+    if type(pid) is not int:
+        return None
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] == "Z" else f"{boot} {fields[19]}"
+    return None if fields[0] == "Z" else fields[19]

@@ -8,10 +8,14 @@ Neither changes what is learned: a step keeps its questions.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +49,27 @@ class Fit:
     """So many decoder layers, the first, are recomputed in the backward pass."""
     peak: int
     """Bytes of GPU memory that a step takes, its optimizer included; 0 on the CPU, which does not tell."""
+
+
+def host_free(root: Path = Path("/")) -> int:
+    """Bytes of host memory still to be had, on the machine and in each cgroup (v2) that limits this process.
+
+    Caches of files count as free. Where nothing tells, as on other systems than Linux, there is no limit.
+    """
+    free = [sys.maxsize]
+    with contextlib.suppress(OSError):
+        kib = re.search(r"^MemAvailable:\s+(\d+) kB$", (root / "proc/meminfo").read_text(), re.MULTILINE)
+        free += [1024 * int(kib[1])] if kib else []
+    with contextlib.suppress(OSError):
+        own = re.search(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE)
+        group = Path("sys/fs/cgroup", own[1] if own else "")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # the outermost has none, and `max` is no number
+                most = int((root / folder / "memory.max").read_text())
+                used = int((root / folder / "memory.current").read_text())
+                stat = dict(line.split() for line in (root / folder / "memory.stat").read_text().splitlines())
+                free.append(most - used + int(stat["active_file"]) + int(stat["inactive_file"]))
+    return min(free)
 
 
 def fit(

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 from transformers.vision_utils import (
@@ -25,7 +27,7 @@ from transformers.vision_utils import (
 )
 
 from surgvqa import attention
-from surgvqa.hub import Folder, with_weights
+from surgvqa.hub import Folder, refused, with_weights
 from surgvqa.recipe import BadInput
 from surgvqa.tree import Pack
 
@@ -61,13 +63,11 @@ def build(
 
     Raises BadInput where a weight is missing, left over or of another shape.
     """
-    from transformers import AutoConfig
-
     cls = model_class(folder.family)
     if weights is None and folder.tiny:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = cls(AutoConfig.from_pretrained(folder.path))
+            model = cls(_config(cls, folder.path, folder.name))
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)  # rotary frequencies stay fp32, as when loaded
     else:
@@ -87,18 +87,42 @@ def equip(model: Any) -> Any:
 
 def skeleton(folder: Folder) -> Any:
     """The model's structure without any weights, for looking at names and shapes."""
-    from transformers import AutoConfig
-
+    cls = model_class(folder.family)
     with torch.device("meta"):
-        return model_class(folder.family)(AutoConfig.from_pretrained(folder.path))
+        return cls(_config(cls, folder.path, folder.name))
+
+
+def _config(cls: Any, path: Path, name: str) -> Any:
+    """config.json as transformers' own class reads it, with attention that is in torch.
+
+    There an `attn_implementation` may be a hub repository, whose code would be fetched and run.
+    """
+    try:
+        config = cls.config_class.from_pretrained(path)
+    except Exception as error:  # whatever values of a wrong type come to
+        raise BadInput(
+            f"{name}: {path}/config.json cannot be used: {' '.join(str(error).split())}"
+        ) from error
+    config._attn_implementation = "sdpa"
+    return config
 
 
 def _load_whole(cls: Any, path: Path, name: str, dtype: torch.dtype) -> Any:
+    if problems := refused(path, name):
+        raise BadInput(problems)
+    config = _config(cls, path, name)
     try:
         model, info = cls.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            config=config,
+            attn_implementation="sdpa",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise BadInput(
             f"{name}: weights in {path} cannot be loaded: {' '.join(str(error).split())}"
         ) from error
@@ -133,7 +157,7 @@ def adapt(
     """Freeze, add adapters, and make fp32 masters of what trains; in place, and wrapped by PEFT for `lora`.
 
     `name` and `revision` are those of the base model, for whoever loads the adapters; `adapter` is a
-    folder to read them from. Raises BadInput for a pattern that matches nothing.
+    folder to read their weights from. Raises BadInput for a pattern that matches nothing.
     """
     trains: dict[Component, bool] = {
         "vision": train_vision,
@@ -144,7 +168,7 @@ def adapt(
         "adapters": True,
     }
     if tune == "lora":
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig, get_peft_model
 
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT asks by the name that transformers 5.22 gave up.
@@ -154,18 +178,17 @@ def adapt(
             for path, module in model.named_modules():
                 if any(path.endswith(f".{part}") for part in whole):
                     module.float()  # PEFT copies them as they are, and reads saved ones into that
+            targets = lora_targets(model, modules, train_vision=train_vision, train_merger=train_merger)
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules=targets,
+                modules_to_save=whole or None,
+            )
+            model = get_peft_model(model, config)
             if adapter is not None:
-                model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-            else:
-                targets = lora_targets(model, modules, train_vision=train_vision, train_merger=train_merger)
-                config = LoraConfig(
-                    r=rank,
-                    lora_alpha=alpha,
-                    lora_dropout=dropout,
-                    target_modules=targets,
-                    modules_to_save=whole or None,
-                )
-                model = get_peft_model(model, config)
+                _load_adapters(model, adapter)
         for module in model.modules():
             if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
                 module.original_module = nn.Identity()  # the untrained twin would only take memory
@@ -180,6 +203,24 @@ def adapt(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _load_adapters(model: Any, folder: Path) -> None:
+    """Read what `save` wrote into a model adapted likewise.
+
+    The folder's adapter_config.json is for others: PEFT would import modules that it names, and where there
+    are no safetensors read a pickle. Raises BadInput where the adapters are not those of this model.
+    """
+    from peft import set_peft_model_state_dict
+
+    file = folder / "adapter_model.safetensors"
+    try:
+        found = set_peft_model_state_dict(model, load_file(file))
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise BadInput(f"{file}: not the adapters of this recipe: {' '.join(str(error).split())}") from None
+    missing = [name for name in found.missing_keys if "lora_" in name or "modules_to_save" in name]
+    if wrong := sorted([*missing, *found.unexpected_keys]):
+        raise BadInput(f"{file}: not the adapters of this recipe: {len(wrong)} do not match, e.g. {wrong[0]}")
 
 
 def lora_targets(
@@ -250,21 +291,33 @@ def count(model: Any) -> dict[Component, tuple[int, int]]:
     return {part: counts[part] for part in COMPONENTS if part in counts}
 
 
-def save(model: Any, folder: Path) -> None:
-    """Write adapters (with what trains beside them) as PEFT does, or the whole model as transformers does."""
+def weights(model: Any) -> dict[str, Tensor]:
+    """The model's own tensors that `save` writes: adapters with what trains beside them, or all."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if not hasattr(model, "peft_config"):
+        return state
+    return {name: value for name, value in state.items() if "lora_" in name or ".modules_to_save." in name}
+
+
+def save(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write `weights`, or a copy of them, with the model's configuration: adapters as PEFT does, the whole
+    model as transformers does."""
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form to be filled in
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=dict(weights))
 
 
 def checkpoint_bytes(model: Any) -> int:
     """About how many bytes `save` and AdamW's two moments in fp32 take."""
     whole = not hasattr(model, "peft_config")
-    parameters: list[nn.Parameter] = list(model.parameters())
-    saved = sum(p.numel() * p.element_size() for p in parameters if whole or p.requires_grad)
-    return saved + 8 * sum(p.numel() for p in parameters if p.requires_grad)
+    size = 0
+    for name, p in model.named_parameters():
+        # PEFT saves its copies of modules whole, with what is frozen inside them.
+        saved = whole or p.requires_grad or ".modules_to_save." in name
+        size += p.numel() * (p.element_size() * saved + 8 * p.requires_grad)
+    return size
 
 
 def base(model: Any) -> Any:

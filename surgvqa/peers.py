@@ -81,19 +81,25 @@ class Peers:
 
     def _watch(self) -> None:
         while not self._ended.wait(EVERY):
-            try:
-                self._tell()
-                self._listen()
-            except RuntimeError:  # the main process held the store
-                if not self._ended.is_set():
-                    self._seen[0] = (self._seen.get(0, ("", 0.0))[0], float("-inf"))
-            if not self._ended.is_set() and (message := self._silent(self.patience)):
-                time.sleep(SUSPECT)  # the main thread may find out by itself, and say so better
-                if not self._ended.is_set():
+            self._exchange()
+            if self._silent(self.patience):
+                # The main thread may find out by itself, and say so better. And where all were stopped and go
+                # on, as after Ctrl-Z, the others' signs come a moment later.
+                time.sleep(SUSPECT)
+                self._exchange()
+                if not self._ended.is_set() and (message := self._silent(self.patience)):
                     log.error("%s", message)
                     if self.rank == 0:
                         end(self.run, PEER_LOST, message)
                     os._exit(leave_code(PEER_LOST))
+
+    def _exchange(self) -> None:
+        try:
+            self._tell()
+            self._listen()
+        except RuntimeError:  # the main process held the store
+            if self.rank != 0:
+                self._seen[0] = (self._seen[0][0], float("-inf"))
 
     def _tell(self) -> None:
         sign = f"{time.monotonic()} {self.step} {socket.gethostname()} {os.getpid()}"

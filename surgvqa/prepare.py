@@ -97,16 +97,26 @@ class Prepared:
 
     def network(self, checkpoint: Path | None = None) -> Any:
         """The model that the recipe asks for, with new weights or those of a checkpoint; on the CPU."""
-        settings, lora = self.recipe.model, self.recipe.model.lora
-        full = settings.tune == "full"
+        full = self.recipe.model.tune == "full"
         frozen = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
+        whole = model.build(
+            self.folder,
+            dtype=torch.float32 if full else frozen,
+            seed=self.recipe.train.seed,
+            weights=checkpoint if full else None,
+        )
+        return self._adapted(whole, None if full else checkpoint)
+
+    def checkpoint_bytes(self) -> int:
+        """About how many bytes a checkpoint will take, from the model's shapes; no weights are read."""
+        with torch.device("meta"):
+            weights = model.checkpoint_bytes(self._adapted(model.skeleton(self.folder)))
+        return weights + sum(file.stat().st_size for file in hub.processor_files(self.folder))
+
+    def _adapted(self, whole: Any, adapter: Path | None = None) -> Any:
+        settings, lora = self.recipe.model, self.recipe.model.lora
         return model.adapt(
-            model.build(
-                self.folder,
-                dtype=torch.float32 if full else frozen,
-                seed=self.recipe.train.seed,
-                weights=checkpoint if full else None,
-            ),
+            whole,
             tune=settings.tune,
             train_vision=settings.train_vision,
             train_merger=settings.train_merger,
@@ -117,7 +127,7 @@ class Prepared:
             seed=self.recipe.train.seed,
             name=self.folder.name,
             revision=self.folder.revision,
-            adapter=None if full else checkpoint,
+            adapter=adapter,
         )
 
     def prior(self) -> Prior:

@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from surgvqa.recipe import BadInput
+from surgvqa.terminal import Formatter
 
 log = logging.getLogger("surgvqa")
 
@@ -48,7 +49,7 @@ def start(name: str = "") -> Accelerator:
     check_device(accelerator.device, name)
     handler = logging.StreamHandler()
     rank = accelerator.process_index
-    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    handler.setFormatter(Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     log.handlers = [handler]
     log.setLevel(logging.INFO)
     return accelerator
@@ -64,6 +65,11 @@ def check_device(device: torch.device, name: str) -> None:
             "nvidia-smi and at the torch that is installed. To use the CPU all the same: "
             "accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true"
         )
+
+
+def name(device: torch.device) -> str:
+    """What a person calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def stop(accelerator: Accelerator) -> None:

@@ -16,10 +16,10 @@ import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 Part = Literal["train", "val", "test"]
 
@@ -46,13 +46,35 @@ def explain(error: BadInput) -> int:
     All processes of a run find the same problems: only the main one lists them.
     """
     rank = os.environ.get("RANK", "0")
-    problems = [" ".join(problem.splitlines()) for problem in error.problems]
+    problems = [printable(" ".join(problem.splitlines())) for problem in error.problems]
     if rank == "0":
         print(*problems, sep="\n", file=sys.stderr)
     else:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         print(f"[rank {rank}] stopped: {problems[0]}{more}", file=sys.stderr)
     return error.exit_code
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a cursor, ends a line, turns the direction of writing or cannot be encoded."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with control characters, except those to `keep`, written as escapes.
+
+    What comes from data, model folders or runs goes through here before a terminal gets it.
+    """
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
+
+
+def _place(value: str) -> str:
+    if _CONTROL.search(value):
+        raise ValueError(f"holds a control character: {value!a}")
+    return value
+
+
+Place = Annotated[str, AfterValidator(_place)]
+"""A path or a hub id."""
 
 
 def _number_or(value: object, least: int, *words: str) -> object:
@@ -85,7 +107,7 @@ class Lora(_Section):
 
 
 class Model(_Section):
-    name: str = Field(min_length=1)
+    name: Place = Field(min_length=1)
     """Hub id, local folder, or `tiny-qwen2-vl` / `tiny-qwen3-vl` (random weights, for trying things out)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -123,7 +145,7 @@ class Split(_Section):
 class Data(_Section):
     format: Literal["demo", "jsonl", "csv", "parquet", "kvasir_vqa", "endovis18_vqa"]
     """How the data is laid out: see docs/datasets.md."""
-    path: str | None = None
+    path: Place | None = None
     """File, folder or hub id; relative paths start at the working folder. Only `demo` needs none."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -304,7 +326,7 @@ class Recipe(_Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
-    output: str = Field(min_length=1)
+    output: Place = Field(min_length=1)
     """The run's folder."""
 
     def dump(self) -> str:
@@ -340,7 +362,7 @@ def parse(text: str, overrides: Iterable[str] = (), where: str = "recipe") -> Re
     """`load` for text already in memory; `where` begins each problem."""
     try:
         tree = yaml.load(text, _Loader)  # _Loader is a SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise BadInput(f"{where}: a recipe is a set of keys (model, data, image, ...), not {_shown(tree)}")
@@ -476,7 +498,7 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
         return [f"override {override!r}: write it as key=value, e.g. train.lr=1e-4"]
     try:
         parsed = yaml.load(value, _Loader)  # _Loader is a SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         return [f"override {override!r}: not a YAML value: {' '.join(str(error).split())}"]
     *parents, name = key.split(".")
     for parent in parents:
@@ -504,6 +526,9 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             # A few of them, nested, are gigabytes.
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", None)
+        tag = getattr(self.peek_event(), "tag", None)  # type: ignore[no-untyped-call]
+        if tag is not None:  # `!!type`, which the text itself does not show
+            raise yaml.composer.ComposerError(None, None, f"tags ({tag}) are not allowed", None)
         return super().compose_node(parent, index)
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -16,6 +15,7 @@ from surgvqa import checkpoint, model, processes
 from surgvqa.loss import TreeLoss
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Recipe
+from surgvqa.terminal import Console
 
 
 def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]:
@@ -61,7 +61,7 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     for heading in ("weighted nats", "id", "question", "answer"):
         table.add_column(heading, overflow="fold")
     for own, *texts in sorted(rows, key=lambda row: -row[0] if row[0] == row[0] else float("-inf")):
-        table.add_row(f"{own:.4f}", *(text.replace("[", r"\[") for text in texts))
+        table.add_row(f"{own:.4f}", *texts)
     console.print(table)
     start = folder or "new weights"
     console.print(f"step {step} with {start}: loss {loss:.6f}, gradient norm {grad_norm:.4g}", soft_wrap=True)

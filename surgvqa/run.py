@@ -6,27 +6,35 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
 from accelerate import Accelerator
-from rich.console import Console
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from surgvqa import checkpoint, endings
+from surgvqa import checkpoint, endings, lock
 from surgvqa.endings import ENDED
 from surgvqa.lock import Lock
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Log, Recipe
+from surgvqa.terminal import Console
 
 log = logging.getLogger("surgvqa")
 
-RECORDS = ("metrics.jsonl", "eval.jsonl", "trace.jsonl")
-"""Files with a line per step or evaluation."""
+METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints.jsonl"
+TRACE, UNUSUAL = "trace.jsonl", "unusual.jsonl"
+RECORDS = (METRICS, EVALUATIONS, CHECKPOINTS, TRACE, UNUSUAL)
+"""Files with a line per step, evaluation or checkpoint."""
+
+RECENT = 50
+"""So many of the last gradient norms are what a step's own is compared with."""
 
 CHANGES = "changes.jsonl"
 
@@ -37,6 +45,9 @@ HARMLESS = (
 )  # fmt: skip
 """Keys, or sections, that may differ between the runs of one experiment: they do not change what is
 learned. The training data itself is compared by its digest."""
+
+INHERENT = ("model.tune", "model.train_vision", "model.train_merger", "model.lora")
+"""Keys, or sections, that say which weights a checkpoint holds: no other value goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +62,74 @@ class Resume:
     """How many of the last steps had no finite gradients."""
     settled: bool
     """Whether the evaluation that was due at this step was made."""
+    norms: list[float]
+    """The gradient norms of the last RECENT steps that had a finite one."""
+    fitted: list[Any]
+    """batch.tokens_per_micro_batch, processes, their device, and the tokens that a micro-batch then had."""
+
+
+class _State(BaseModel):
+    """What state.json holds beside the score."""
+
+    model_config = ConfigDict(strict=True)
+    step: int
+    data: str
+    skipped: int
+    settled: bool
+    fitted: list[int | str]
 
 
 def claim(run: Path) -> Lock:
     """Make the folder this run's own, and clear away what a killed run was still writing.
 
-    Raises BadInput where it cannot be written or belongs to a run that is going on.
+    Raises BadInput where it cannot be written, belongs to a run that is going on, or is not a run's folder.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
+        if problems := _foreign(run):
+            raise BadInput(problems)
         lock = Lock(run)
         (run / ENDED).unlink(missing_ok=True)
+        (run / "checkpoints").mkdir(exist_ok=True)
         checkpoint.remove_leftovers(run / "checkpoints")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BadInput(
+            f"output: {error.filename}: a file is where a folder must be ({error.strerror}); choose another "
+            "output, or move the file away"
+        ) from None
     except OSError as error:
-        raise BadInput(f"output: {run} cannot be written: {error.strerror}") from None
+        raise BadInput(
+            f"output: {run} cannot be written ({error.filename}: {error.strerror}); choose an output that "
+            "can, or have this one made writable"
+        ) from None
     return lock
+
+
+def _foreign(run: Path) -> list[str]:
+    """Why a run must not write into a folder: it holds other things, or what leads out of it."""
+    names = sorted(entry.name for entry in run.iterdir())
+    own = any(name == ENDED or name.startswith(lock.NAME) for name in names)
+    if names and not own and not checkpoint.steps(run / "checkpoints"):
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return [
+            f"output: {run} holds other things ({shown}) and no run; choose a folder of its own, which is "
+            "made where it is not there"
+        ]
+    root, problems = run.resolve(), []
+    for folder, folders, files in os.walk(run):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # of a run that is going on
+                continue
+            if stat.S_ISLNK(mode) and not path.resolve().is_relative_to(root):
+                problems.append(
+                    f"output: {path} is a link out of the run's folder, through which it would write and "
+                    "delete; remove it, or make the run's folder itself the link"
+                )
+            elif not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                problems.append(f"output: {path} is a pipe, a socket or a device; remove it")
+    return problems
 
 
 @contextlib.contextmanager
@@ -104,9 +168,19 @@ def end(run: Path, code: int, reason: str) -> None:
 
 def clear(run: Path) -> None:
     """Remove what a former run left, and nothing else."""
-    for name in ("checkpoints", "tensorboard", "profile"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("recipe.yaml", ENDED, CHANGES, *RECORDS, "predictions*.jsonl", "scores*.json"):
+    for _, folder in checkpoint.steps(run / "checkpoints"):
+        shutil.rmtree(folder)
+    events, traces = "tensorboard/events.out.tfevents.*", "profile/*.pt.trace.json"
+    for name in (
+        "recipe.yaml",
+        ENDED,
+        CHANGES,
+        *RECORDS,
+        "predictions*.jsonl",
+        "scores*.json",
+        events,
+        traces,
+    ):
         for file in run.glob(name):
             file.unlink()
 
@@ -114,7 +188,8 @@ def clear(run: Path) -> None:
 def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: bool = False) -> Resume | None:
     """The newest checkpoint that is whole. Raises BadInput where it is another experiment's.
 
-    With `accept_changes` it goes on all the same, and the differences are written to changes.jsonl.
+    With `accept_changes` it goes on all the same, unless other weights would train, and the differences are
+    written to changes.jsonl.
     """
     root = run / "checkpoints"
     folder, rejected = checkpoint.newest(root)
@@ -124,46 +199,73 @@ def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: boo
         if rejected:
             raise BadInput([*rejected, f"{run}: no checkpoint is whole; train anew with --fresh --yes"])
         return None
-    state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
+    state = _state(folder)
     differences = [
         difference
         for difference in checkpoint.recipe_of(folder).differences(settings)
-        if not _harmless(difference.partition(":")[0])
+        if not _among(HARMLESS, difference.partition(":")[0])
     ]
-    if state["data"] != fingerprint:
+    inherent = any(_among(INHERENT, difference.partition(":")[0]) for difference in differences)
+    if state.data != fingerprint:
         differences.append(
             "the training data: its questions, answers, order or images are not what they were"
         )
-    step = int(state["step"])
-    if differences and not accept_changes:
-        cure = (
-            f"{folder} was trained otherwise; choose another output, start over with --fresh --yes, or go on "
-            "with the changes, which are recorded, with --accept-changes:"
-        )
+    step = state.step
+    if inherent or (differences and not accept_changes):
+        if inherent:
+            cures = (
+                "or start over with --fresh --yes; its weights are others, so --accept-changes does not help:"
+            )
+        else:
+            cures = (
+                "start over with --fresh --yes, or go on with the changes, which are recorded, with "
+                "--accept-changes:"
+            )
+        cure = f"{folder} was trained otherwise; choose another output, {cures}"
         raise BadInput([cure, *(f"  {difference}" for difference in differences)])
     if differences:
         with (run / CHANGES).open("a", encoding="utf-8") as file:
             _append(file, {"after_step": step, "changes": differences})
         log.warning("warning: going on after step %d with changes: %s", step, "; ".join(differences))
     top = checkpoint.best(root, up_to=step)
+    rows = _whole(run / METRICS, up_to=step)
+    norms = [row["grad_norm"] for row in map(json.loads, rows) if row.get("grad_norm") is not None]
     return Resume(
         step,
         folder,
         checkpoint.score(top) if top else -math.inf,
-        int(state["skipped"]),
-        bool(state["settled"]),
+        state.skipped,
+        state.settled,
+        norms[-RECENT:],
+        state.fitted,
     )
 
 
-def _harmless(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+def _state(folder: Path) -> _State:
+    """A checkpoint's state.json. Raises BadInput where it is not what we write."""
+    try:
+        state = _State.model_validate_json((folder / checkpoint.STATE).read_bytes())
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, detail['loc']))} {detail['msg']}" for detail in error.errors()]
+        raise BadInput(f"{folder / checkpoint.STATE}: not a checkpoint's state: {'; '.join(wrong)}") from None
+    if checkpoint.folder_name(state.step) != folder.name:
+        raise BadInput(f"{folder / checkpoint.STATE}: says step {state.step}")
+    return state
+
+
+def _among(names: Sequence[str], key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 class Records:
     """The run's records and its progress bar; silent on all but the main process."""
 
-    def __init__(self, run: Path, start: int, total: int, log: Log, console: Console) -> None:
+    def __init__(
+        self, run: Path, start: int, total: int, log: Log, console: Console, settled: bool = True
+    ) -> None:
+        """`settled`: whether the evaluation that was due at `start` was made."""
         self.run, self.start, self.total, self.console = run, start, total, console
+        self.settled = settled
         self.writes = not console.quiet
         self.traces, self.profiles = log.trace and self.writes, log.profile and self.writes
         self.stack = contextlib.ExitStack()
@@ -175,7 +277,7 @@ class Records:
             self._forget_later_steps()
             self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
             self.stack.callback(self.board.close)
-            names = RECORDS if self.traces else RECORDS[:2]
+            names = (METRICS, EVALUATIONS, CHECKPOINTS, *([TRACE] if self.traces else []))
             self.files = {
                 name: self.stack.enter_context((self.run / name).open("a", encoding="utf-8"))
                 for name in names
@@ -207,7 +309,7 @@ class Records:
         if self.profiles:
             self.profiler.step()
         # JSON has no NaN: a step without finite gradients says null.
-        _append(self.files["metrics.jsonl"], {k: v if math.isfinite(v) else None for k, v in row.items()})
+        _append(self.files[METRICS], {k: v if math.isfinite(v) else None for k, v in row.items()})
         for key in row.keys() - {"step", "epoch"}:
             self.board.add_scalar(f"train/{key}", row[key], row["step"])
         numbers = f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['questions_per_s']:.1f} questions/s  "
@@ -227,15 +329,19 @@ class Records:
     def trace(self, step: int, ids: Sequence[str], tokens: int, loss: float) -> None:
         """A line of trace.jsonl, where the recipe asks for it."""
         if self.traces:
-            _append(
-                self.files["trace.jsonl"], {"step": step, "ids": ids, "tokens": tokens, "loss": loss.hex()}
-            )
+            _append(self.files[TRACE], {"step": step, "ids": ids, "tokens": tokens, "loss": loss.hex()})
+
+    def unusual(self, step: int, what: str, ids: Sequence[str]) -> None:
+        """A line of unusual.jsonl, which a run that goes well does not have."""
+        if self.writes:
+            with (self.run / UNUSUAL).open("a", encoding="utf-8") as file:
+                _append(file, {"step": step, "what": what, "ids": ids})
 
     def evaluation(self, step: int, part: str, result: dict[str, Any]) -> None:
         """A line of eval.jsonl."""
         if not self.writes:
             return
-        _append(self.files["eval.jsonl"], {"step": step, "split": part, **result})
+        _append(self.files[EVALUATIONS], {"step": step, "split": part, **result})
         self.board.add_scalar(f"{part}/exact", result["exact"], step)
         self.console.print(
             f"step {step}: {part} exact {100 * result['exact']:.1f} % of {result['n']} "
@@ -243,14 +349,41 @@ class Records:
             highlight=False,
         )
 
+    def saved(self, written: checkpoint.Written) -> None:
+        """A line of checkpoints.jsonl."""
+        if not self.writes:
+            return
+        row = asdict(written)
+        _append(self.files[CHECKPOINTS], row)
+        for key in row.keys() - {"step"}:
+            self.board.add_scalar(f"checkpoint/{key}", row[key], written.step)
+        self.console.print(
+            f"step {written.step}: checkpoint {written.bytes / 2**20:,.1f} MiB in {written.seconds:.2f} s "
+            f"(the step waited {written.waited:.2f} s)",
+            highlight=False,
+        )
+
     def _forget_later_steps(self) -> None:
-        """Drop the lines of steps that will be done again, and a line that was cut off."""
+        """Drop the lines of what will be done again, and what a crash left of a line."""
         for name in RECORDS:
             file = self.run / name
             if file.is_file():
-                rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= self.start]
-                checkpoint.write_text(file, "".join(kept))
+                last = self.start - 1 if name == EVALUATIONS and not self.settled else self.start
+                checkpoint.write_text(file, "".join(_whole(file, up_to=last)))
+
+
+def _whole(file: Path, up_to: int) -> list[str]:
+    """The whole lines of a record up to a step; none where there is no such file."""
+    rows = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    return [row.decode() for row in rows if _step(row) <= up_to]
+
+
+def _step(row: bytes) -> float:
+    """The step of a line; infinity where it is no whole one."""
+    try:
+        return float(json.loads(row)["step"]) if row.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
 
 
 def _append(file: TextIO, row: dict[str, Any]) -> None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from rich.console import Console
 from rich.text import Text
 
 from surgvqa import letterbox
 from surgvqa.plan import trees_of
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Part, Recipe
+from surgvqa.terminal import Console
 from surgvqa.tree import Questions, pack
 
 STYLES = {"root": "cyan", "prompt": "yellow", "supervised": "bold green", "rest": "dim"}
@@ -109,7 +109,7 @@ def _segments(questions: Questions, chosen: Sequence[int]) -> list[Segment]:
             made.append(Token(texts[place], ids[place], positions[place], here, label.get(place, "")))
         return made
 
-    root_end = packed.spans[0][1]
+    root_end = len(tree.root.ids)
     segments = [
         Segment(
             f"root, {root_end} tokens, positions 0…{tree.root.next_position - 1}", tokens(0, root_end, "root")
@@ -137,7 +137,10 @@ _PAGES = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 _PAGES.filters["groups"] = _runs
 _PAGE = _PAGES.from_string(
     """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>What the model sees</title>
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src 'self'; style-src 'unsafe-inline'">
+<title>What the model sees</title>
 <style>
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }

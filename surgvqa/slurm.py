@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import shlex
 import shutil
@@ -67,7 +66,7 @@ def submit(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--evaluate", choices=["train", "val", "test"], action="append", default=[], metavar="PART",
-        help="afterwards, a job that evaluates this part too; training itself evaluates eval.final",
+        help="a job that evaluates this part too; the one for eval.final is always there",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     parser.add_argument("--fresh", action="store_true", help="start over, deleting what a former run left")
@@ -109,6 +108,9 @@ def _submissions(given: argparse.Namespace) -> list[Submission]:
         raise BadInput("--fresh deletes the run; add --yes to confirm")
     settings = recipe.load(given.recipe, given.overrides)
     words, output, array = [str(given.recipe), *given.overrides], settings.output, []
+    final = settings.eval.final
+    if final:
+        words.append("eval.final=null")  # a job of its own evaluates it
     if given.array_seeds:
         first, output = settings.train.seed, f"{settings.output}-seed{SEED}"
         array = [f"--array={first}-{first + given.array_seeds - 1}"]
@@ -132,12 +134,14 @@ def _submissions(given: argparse.Namespace) -> list[Submission]:
         before = submissions[-1] if submissions else None
         submissions.append(Submission([*options, *chained], trains, after=before))
     trained = submissions[-1]
-    for part in given.evaluate:
-        options = [f"--job-name=surgvqa-evaluate-{name}", *shape, *site, *array]
-        when = "aftercorr" if array else "afterok"
-        submissions.append(
-            Submission(options, [str(EVALUATE), output, "--split", part], after=trained, when=when)
-        )
+    # Where training fails, or a chain ends before it is done, nothing is left waiting.
+    options = [f"--job-name=surgvqa-evaluate-{name}", "--kill-on-invalid-dep=yes", *shape, *site, *array]
+    when = "aftercorr" if array else "afterok"
+    judged = [f"eval.final={final}"] if final else []
+    more = [["--split", part] for part in dict.fromkeys(given.evaluate) if part != final]
+    for split in [[], *more] if final else more:
+        evaluates = [str(EVALUATE), output, *judged, *split]
+        submissions.append(Submission(options, evaluates, after=trained, when=when))
     return submissions
 
 
@@ -170,7 +174,8 @@ class Queued:
     id: str
     """With the array's number, as scancel takes it."""
     state: str
-    output: Path
+    output: Path | None
+    """Where it trains a run, as `submit` says."""
 
 
 def status(argv: Sequence[str]) -> int:
@@ -183,13 +188,13 @@ def status(argv: Sequence[str]) -> int:
     queue = _queue()
     folders = [folder for given_folder in given.folders for folder in _runs(given_folder)]
     known = {folder.resolve() for folder in folders}
-    waiting = [job.output for job in queue.values() if job.output.name and job.output not in known]
     if given.folders == [RUNS]:
-        folders += sorted(set(waiting))
+        folders += sorted({job.output for job in queue.values() if job.output} - known)
     if not folders:
         return recipe.explain(BadInput(f"{', '.join(map(str, given.folders))}: no run here"))
-    from rich.console import Console
     from rich.table import Table
+
+    from surgvqa.terminal import Console
 
     table = Table("run", "state", "job", "step", "to go", "best", box=None, pad_edge=False)
     for run in (look(folder, queue) for folder in folders):
@@ -222,7 +227,7 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
     seconds = [value for row in steps[-20:] if (value := _number(row.get("seconds"))) is not None]
     eta = None
     if state == "running" and seconds and total and step is not None:
-        eta = max(0.0, total - step) * sum(seconds) / len(seconds)
+        eta = min(max(0.0, total - step) * sum(seconds) / len(seconds), 1e9)
     return Run(
         folder,
         state,
@@ -236,7 +241,7 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
 
 def saved(run: Path) -> int:
     """The step of a run's newest checkpoint, 0 without one; it is the next start that verifies it."""
-    names = [folder.parent.name for folder in run.glob("checkpoints/step-*/manifest.json")]
+    names = [folder.parent.name for folder in run.glob("checkpoints/step-*/state.json")]
     return max((int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))), default=0)
 
 
@@ -254,29 +259,33 @@ def _is_run(folder: Path) -> bool:
 def _queue() -> dict[str, Queued]:
     """This user's jobs by SLURM_JOB_ID; none where there is no SLURM, or it does not answer."""
     try:
-        command = ["squeue", "--me", "--noheader", "--array", "--format=%A|%i|%T|%K|%Z|%k"]
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%A|%i|%T|%K|%j|%Z|%k"]
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):
         return {}
     found: dict[str, Queued] = {}
     for line in lines:
-        job, shown, state, number, folder, comment = (line.split("|", 5) + [""] * 5)[:6]
-        output = Path(folder, comment.replace(SEED, number)) if comment not in ("", "(null)") else Path()
+        job, shown, state, number, name, folder, comment = (line.split("|", 6) + [""] * 6)[:7]
+        ours = name.startswith("surgvqa-") and comment not in ("", "(null)")
+        output = Path(folder, comment.replace(SEED, number)).resolve() if ours else None
         # Jobs of an array that wait share a number, so they go by the one that is shown.
-        found[shown if job in found else job] = Queued(shown, state, output.resolve() if comment else output)
+        found[shown if job in found else job] = Queued(shown, state, output)
     return found
 
 
 def _total(folder: Path, last: dict[str, Any]) -> int | None:
     """How many steps the whole run has, from its recipe and its last step."""
+    file = folder / "recipe.yaml"
     try:
-        settings = recipe.load(folder / "recipe.yaml")
+        settings = recipe.load(file) if file.is_file() else None
     except BadInput:
+        settings = None
+    if settings is None:
         return None
     if settings.train.max_steps:
         return settings.train.max_steps
     step, epoch = _number(last.get("step")), _number(last.get("epoch"))
-    return round(step / epoch) * settings.train.epochs if step and epoch else None
+    return round(step / epoch) * settings.train.epochs if step and epoch and epoch > 1e-9 else None
 
 
 def _best(folder: Path) -> str:
@@ -294,21 +303,26 @@ def _best(folder: Path) -> str:
 
 
 def _number(value: object) -> float | None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None  # type: ignore[arg-type]
+    """Text, NaN and what no run comes to are none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and abs(value) < 1e15 else None  # type: ignore[arg-type]
 
 
 def _read(file: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is none, or only half of one."""
+    if not file.is_file():  # reading a pipe would wait for ever
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file."""
+    if not file.is_file():
+        return []
     try:
         lines: Iterable[str] = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -317,7 +331,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

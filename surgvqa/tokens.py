@@ -84,9 +84,19 @@ class ChatTokens:
         self.folder = folder
         self.system = system
         self.instructions = dict(instructions or {})
-        self.tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-        self.tokenizer.chat_template = _chat_template(folder, self.tokenizer.chat_template)
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.path)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+            self.tokenizer.chat_template = _chat_template(folder, self.tokenizer.chat_template)
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.path)
+            whole = self.render(self._conversation(_QUESTION, _ANSWER))
+            prompt = self.render(self._conversation(_QUESTION), add_generation_prompt=True)
+        except BadInput:
+            raise
+        except Exception as error:  # of tokenizers, of transformers, and of jinja2, which runs in a sandbox
+            raise BadInput(
+                f"{folder.name}: tokenizer, chat template or image processor in {folder.path} cannot be "
+                f"used: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
         wrong = [
             f"{folder.name}: the tokenizer gives {token} the id "
             f"{self.tokenizer.convert_tokens_to_ids(token)}, config.json says {expected}"
@@ -97,12 +107,10 @@ class ChatTokens:
             raise BadInput(wrong)
         self.end_of_turn: int = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.stop_ids = (self.end_of_turn, self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-        whole = self.render(self._conversation(_QUESTION, _ANSWER))
         root, cut, branch = whole.rpartition("<|vision_end|>")
         self._root_text = root + cut
         self._before, found, rest = branch.partition(_QUESTION)
         self._between, answer_found, self._after = rest.partition(_ANSWER)
-        prompt = self.render(self._conversation(_QUESTION), add_generation_prompt=True)
         if not (
             cut and found and answer_found and whole.startswith(prompt) and prompt.endswith(self._between)
         ):

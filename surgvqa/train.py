@@ -13,7 +13,9 @@ import argparse
 import contextlib
 import logging
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +23,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from surgvqa import checkpoint, evaluate, hub, memory, metrics, model, processes, recipe
 from surgvqa.banner import banner
@@ -34,13 +36,17 @@ from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Recipe
-from surgvqa.run import Records, clear, owned, resumable
-from surgvqa.tree import packs
+from surgvqa.run import RECENT, Records, Resume, clear, owned, resumable
+from surgvqa.terminal import Console
+from surgvqa.tree import packs, workers_watched
 
 log = logging.getLogger("surgvqa")
 
 MOST_SKIPPED = 10
 """So many steps in a row without finite gradients end the run."""
+
+SPIKE, KNOWN = 10, 20
+"""A gradient norm is unusual if so many times the median of the recent ones, once there are KNOWN."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ def train(settings: Recipe, *, fresh: bool = False, accept_changes: bool = False
         accelerator = processes.start(settings.model.name)
         with owned(run, accelerator), Peers(accelerator, settings.train.peer_timeout, run) as peers:
             try:
-                _train(settings, run, fresh, accept_changes, accelerator, stop, peers)
+                with workers_watched():
+                    _train(settings, run, fresh, accept_changes, accelerator, stop, peers)
             except Preempted as error:
                 ending = Preempted(str(error))  # without the frames, which hold the wrapped model
                 stop.obeyed()
@@ -107,16 +114,21 @@ def _train(
     fingerprint = prepared.fingerprint()
     resume = main_first(accelerator, lambda: resumable(run, settings, fingerprint, accept_changes))
     start, best = (resume.step, resume.best) if resume else (0, -math.inf)
+    evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
+    main_first(accelerator, lambda: _room(prepared, start, total, evaluate_every, resume))
     network = prepared.network(resume.folder if resume else None)
-    main_first(accelerator, lambda: checkpoint.room(run, model.checkpoint_bytes(network)))
     network.train().to(device)
     tree_loss = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
+    # What fitted before is taken again where all is as before: a sum's portions decide its last bits.
+    limit = settings.batch.tokens_per_micro_batch
+    conditions = main_first(accelerator, lambda: [limit, world, processes.name(device)])
+    again = resume is not None and resume.fitted[:-1] == conditions
     fitting = memory.fit(
         tree_loss,
         questions,
         plan,
         range(start, total),
-        tokens=settings.batch.tokens_per_micro_batch,
+        tokens=resume.fitted[-1] if resume and again else limit,
         layers=settings.train.checkpoint_layers,
         accelerator=accelerator,
     )
@@ -128,7 +140,12 @@ def _train(
     parameters = dict(model.trainable(network))
     optimizer = _optimizer(settings, parameters, fused=device.type == "cuda")
     if resume:
-        checkpoint.load_optimizer(resume.folder / "optimizer.safetensors", optimizer, parameters)
+        try:
+            checkpoint.load_optimizer(resume.folder / "optimizer.safetensors", optimizer, parameters)
+        except KeyError as error:
+            raise BadInput(
+                f"{resume.folder}: its optimizer is that of another model; {error} is missing"
+            ) from None
     if main:
         checkpoint.write_text(run / "recipe.yaml", settings.dump())
     for line in banner(prepared, questions, plan, network, accelerator, compute, fitting, total, start):
@@ -138,19 +155,23 @@ def _train(
 
     def save(step: int, score: float | None, settled: bool) -> None:
         """`settled`: whether the evaluation that was due at this step was made."""
-        with checkpoint.writing(run / "checkpoints", step, keep=settings.checkpoint.keep) as folder:
-            model.save(network, folder)
+        state = {
+            "step": step,
+            "data": fingerprint,
+            "score": score,
+            "skipped": skipped,
+            "settled": settled,
+            "fitted": [*conditions, fitting.tokens_per_micro_batch],
+        }
+
+        def fill(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+            model.save(network, folder, weights)
             hub.copy_processor(prepared.folder, folder)
-            checkpoint.save_optimizer(folder / "optimizer.safetensors", optimizer, parameters)
+            save_file(moments, folder / "optimizer.safetensors")
             checkpoint.write_text(folder / "recipe.yaml", settings.dump())
-            state = {
-                "step": step,
-                "data": fingerprint,
-                "score": score,
-                "skipped": skipped,
-                "settled": settled,
-            }
             checkpoint.write_json(folder / checkpoint.STATE, state)
+
+        writer.write(step, fill, model.weights(network), checkpoint.moments(optimizer, parameters))
 
     def settle(step: int) -> None:
         """Evaluate and save after a step, where it is time for either."""
@@ -170,8 +191,8 @@ def _train(
             saved = step
 
     skipped, prior = resume.skipped if resume else 0, prepared.prior()
+    norms = deque(resume.norms if resume else [], maxlen=RECENT)
     speed = Speed(network, questions, device, settings.train.precision, world)
-    evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
     workers = processes.data_workers(settings.data.workers, device)
     micro_batches = iter(
         packs(
@@ -181,12 +202,16 @@ def _train(
             cuda=device.type == "cuda",
         )
     )
-    with Records(run, start, total, settings.log, console) as records:
+    settled = resume.settled if resume else True
+    with (
+        Records(run, start, total, settings.log, console, settled) as records,
+        checkpoint.Writer(run / "checkpoints", settings.checkpoint.keep, records.saved) as writer,
+    ):
         step = start
         try:
             if processes.anywhere(accelerator, bool(stop)):
                 raise Preempted
-            if resume and not resume.settled:
+            if not settled:
                 settle(start)
             for step in range(start, total):
                 began = time.perf_counter()
@@ -206,9 +231,11 @@ def _train(
                         break
 
                 norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-                stopping = torch.full_like(nats, float(bool(stop)))
-                nats, stopping = accelerator.reduce(torch.stack([nats, stopping]), "sum")
-                loss, grad_norm, stopping = torch.stack([nats / weight, norm.double(), stopping]).tolist()
+                here = [torch.full_like(nats, float(flag)) for flag in (bool(stop), writer.failed())]
+                nats, stopping, unwritten = accelerator.reduce(torch.stack([nats, *here]), "sum")
+                loss, grad_norm, stopping, unwritten = torch.stack(
+                    [nats / weight, norm.double(), stopping, unwritten]
+                ).tolist()
                 finite = math.isfinite(loss) and math.isfinite(grad_norm)
                 factor = lr_factor(step, total, settings.train.warmup, settings.train.schedule)
                 for group in optimizer.param_groups:
@@ -234,15 +261,18 @@ def _train(
                 ids = [questions.examples[question].id for question in asked]
                 records.trace(step, ids, int(questions.answer_tokens[asked].sum()), loss)
                 skipped = 0 if finite else skipped + 1
-                if skipped:
-                    log.warning(
-                        "step %d: gradients not finite, no update; questions %s", step, ", ".join(ids)
-                    )
+                if what := unusual(grad_norm if finite else math.nan, norms):
+                    log.warning("step %d: %s; questions %s", step, what, ", ".join(ids))
+                    records.unusual(step, what, ids)
+                if finite:
+                    norms.append(grad_norm)
+                if unwritten or skipped == MOST_SKIPPED:
+                    main_first(accelerator, writer.wait)
                 if skipped == MOST_SKIPPED:
-                    last = checkpoint.newest(run / "checkpoints")[0] or "none yet"
+                    last = main_first(accelerator, lambda: checkpoint.newest(run / "checkpoints")[0])
                     raise NumericFailure(
                         f"{skipped} steps in a row without finite gradients, the last at step {step}. "
-                        f"The last good checkpoint: {last}. "
+                        f"The last good checkpoint: {last or 'none yet'}. "
                         "Look at the questions named above, or lower train.lr"
                     )
 
@@ -253,8 +283,10 @@ def _train(
         except Preempted:
             if step > saved:
                 main_first(accelerator, lambda: save(step, None, settled=False))
+            main_first(accelerator, writer.wait)
             why = f" ({stop.reason})" if stop.reason else ""
             raise Preempted(f"stopped after step {step}{why}; the same command goes on") from None
+        main_first(accelerator, writer.wait)
 
     if final and settings.eval.final:
         folder = main_first(accelerator, lambda: evaluate.chosen_checkpoint(run))
@@ -292,6 +324,36 @@ def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total - warmup_steps)
     return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+
+
+def unusual(norm: float, recent: Sequence[float]) -> str | None:
+    """What is odd about a step with this gradient norm, NaN where it was skipped, after those of others.
+
+    All processes have the same norms, and so say the same. It is said and no more: clipping bounds the step.
+    """
+    if not math.isfinite(norm):
+        return "gradients not finite, no update"
+    median = statistics.median(recent) if len(recent) >= KNOWN else math.inf
+    if norm <= SPIKE * median:
+        return None
+    return f"gradient norm {norm:.4g}, where the median of the last {len(recent)} is {median:.4g}"
+
+
+def _room(prepared: Prepared, start: int, total: int, evaluate_every: int, resume: Resume | None) -> None:
+    """Raise StorageFailure where the checkpoints of the steps to come will not fit on the disk."""
+    settings = prepared.recipe
+    every = settings.checkpoint.every or total
+    best = evaluate_every if settings.eval.keep_best else 0
+    due = sum(
+        step % every == 0 or step == total or bool(best and step % best == 0)
+        for step in range(start + 1, total + 1)
+    )
+    checkpoint.room(
+        Path(settings.output),
+        prepared.checkpoint_bytes(),
+        keep=settings.checkpoint.keep + bool(best),
+        saves=due + bool(resume and not resume.settled),
+    )
 
 
 def _jobs(plan: Plan, start: int, total: int, rank: int, world: int) -> Iterator[tuple[Job, list[Group]]]:

@@ -11,6 +11,7 @@ Segments lie in depth-first order, so one number per token says it all, for any 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from surgvqa.datasets import Example, ImageRef
-from surgvqa.endings import ignore_signals
+from surgvqa.endings import PeerLost, ignore_signals
 from surgvqa.letterbox import Canvas, draw, open_rgb
 from surgvqa.recipe import BadInput
 from surgvqa.tokens import Branch, ChatTokens, Root
@@ -343,6 +344,23 @@ def packs(
         if isinstance(packed, BadInput):
             raise packed
         yield label, packed
+
+
+@contextlib.contextmanager
+def workers_watched() -> Iterator[None]:
+    """Raises PeerLost where a data worker was killed.
+
+    torch tells of it as a RuntimeError wherever the main thread then is, so this is put around all of it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise PeerLost(
+            f"{str(error).strip().rstrip('.')}. Most likely the machine had no memory left: lower "
+            "data.workers, or give the run more memory. The same command goes on from the last checkpoint"
+        ) from error
 
 
 class _Packing(Dataset[tuple[Label, "Pack | BadInput"]], Generic[Label]):

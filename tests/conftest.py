@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from faults import CATALOGUE
 from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -38,6 +40,33 @@ def chat(request: pytest.FixtureRequest) -> Any:
     return ChatTokens(
         hub.find(request.param), system="Answer in a few words.", instructions={"count": "A number."}
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = {name for mark in item.iter_markers("fault") for name in mark.args}
+        assert names <= CATALOGUE.keys(), item.nodeid
+        item.user_properties += [("fault", name) for name in names]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """With `-m fault`: how often each fault was tried, and survived."""
+    if "fault" not in config.getoption("markexpr"):
+        return
+    found = {
+        outcome: Counter(
+            name
+            for report in terminalreporter.stats.get(outcome, [])
+            for key, name in report.user_properties
+            if key == "fault"
+        )
+        for outcome in ("passed", "failed", "error")
+    }
+    terminalreporter.section("faults")
+    terminalreporter.write_line(f"{'fault':48}{'tries':>8}{'survived':>10}")
+    for name, what in CATALOGUE.items():
+        tries = sum(counts[name] for counts in found.values())
+        terminalreporter.write_line(f"{f'{name:4} {what}':48}{tries:>8}{found['passed'][name]:>10}")
 
 
 def noise_image(width: int, height: int, seed: int) -> Image.Image:

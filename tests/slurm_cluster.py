@@ -34,13 +34,14 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
-ReturnToService=2
+ReturnToService=1
 KillWait=20
 SchedulerParameters=sched_interval=2,bf_interval=2
 GresTypes=gpu
-PartitionName=all Nodes=ALL Default=YES
+PartitionName=all Nodes={nodes} Default=YES
 """
 _NODE = "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2\n"
+_SPARE = "PartitionName=spare Nodes={node}\n"
 
 
 def missing() -> str:
@@ -53,16 +54,17 @@ def missing() -> str:
 
 @contextmanager
 def cluster(nodes: int = 1) -> Iterator[Cluster]:
-    """Start a cluster of `nodes` nodes, wait until it takes jobs, and end what was started on leaving."""
+    """Start a cluster of `nodes` nodes, wait until it takes jobs, and end what was started on leaving.
+
+    Beside them is one that only jobs with `--partition=spare` use, to be hurt.
+    """
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path may have 107 characters
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.chmod(0o755)
         host = socket.gethostname().split(".")[0]
-        names = [
-            host,
-            *(f"{host}-{number}" for number in range(2, nodes + 1)),
-        ]  # the first one's must resolve
+        # The first one's must resolve.
+        names = [host, *(f"{host}-{number}" for number in range(2, nodes + 1)), f"{host}-spare"]
         _configure(folder, host, names)
         environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
 
@@ -78,9 +80,9 @@ def cluster(nodes: int = 1) -> Iterator[Cluster]:
         start("slurmctld", "slurmctld", "-D")
         for name in names:
             start(f"slurmd-{name}", "slurmd", "-D", "-N", name)
-        running = Cluster(folder, environment)
+        running = Cluster(folder, environment, spare=names[-1])
         _wait(
-            lambda: running.ask("sinfo", "--noheader", "-N", "-o", "%t").split() == ["idle"] * nodes,
+            lambda: running.ask("sinfo", "--noheader", "-N", "-o", "%t").split() == ["idle"] * len(names),
             "all nodes are idle",
             folder,
         )
@@ -89,9 +91,10 @@ def cluster(nodes: int = 1) -> Iterator[Cluster]:
 
 
 class Cluster:
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], spare: str) -> None:
         self._folder = folder
         self.environment = environment
+        self.spare = spare
 
     def ask(self, *command: str) -> str:
         """What a SLURM command prints; empty while the controller does not answer."""
@@ -99,7 +102,7 @@ class Cluster:
             command, env=self.environment, capture_output=True, text=True, timeout=60
         ).stdout
 
-    def run(self, *arguments: str, cwd: Path, timeout: float = 120) -> str:
+    def run(self, *arguments: str, cwd: Path, timeout: float = 300) -> str:
         """Submit a batch job, wait for its end and return its state, such as COMPLETED or FAILED."""
         return self.end(self.submit("sbatch", "--parsable", *arguments, cwd=cwd), timeout)
 
@@ -111,14 +114,10 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def end(self, job: str, timeout: float = 120) -> str:
+    def end(self, job: str, timeout: float = 300) -> str:
         """Wait until a job has ended for good, and return its state."""
-        _wait(
-            lambda: self.fields(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"),
-            f"job {job} ends",
-            self._folder,
-            timeout,
-        )
+        going = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        _wait(lambda: self.fields(job)["JobState"] not in going, f"job {job} ends", self._folder, timeout)
         return self.fields(job)["JobState"]
 
     def cancel_all(self) -> None:
@@ -134,7 +133,8 @@ class Cluster:
 
 def _configure(folder: Path, host: str, names: list[str]) -> None:
     controller, *ports = _free_ports(1 + len(names))
-    conf = _CONF.format(host=host, controller=controller, folder=folder)
+    conf = _CONF.format(host=host, controller=controller, folder=folder, nodes=",".join(names[:-1]))
+    conf += _SPARE.format(node=names[-1])
     for name, port in zip(names, ports, strict=True):
         conf += _NODE.format(name=name, port=port)
     (folder / "slurm.conf").write_text(conf)

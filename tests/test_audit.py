@@ -66,6 +66,7 @@ def test_sound_data(build: Builder) -> None:
     assert found(result) == "0 errors, 0 warnings"
 
 
+@pytest.mark.fault("F15")
 def test_broken_images_are_named_with_their_questions(build: Builder) -> None:
     good = BytesIO()
     Image.effect_noise((64, 64), 80).save(good, "JPEG")
@@ -95,6 +96,7 @@ def test_broken_images_are_named_with_their_questions(build: Builder) -> None:
     assert sorted(result.sizes) == ["test.png", "train.png", "val.png"]
 
 
+@pytest.mark.fault("F15")
 def test_sizes_are_those_of_the_turned_image(build: Builder) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -261,6 +263,7 @@ def test_the_readers_problems_are_part_of_the_audit(build: Builder) -> None:
     assert found(result).splitlines() == ["error: q.jsonl:9: answer is empty", "1 error, 0 warnings"]
 
 
+@pytest.mark.fault("F15")
 def test_memory_stays_bounded(build: Builder) -> None:
     """Encoded bytes are let go of: 60 files of 1 MB each must not add up."""
     for number in range(60):

@@ -15,7 +15,7 @@ from conftest import write_jsonl
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are beside the package, not in it
 
-from benchmarks import charts, data, decode, grouping, labels, options, peer, plan, train, where  # noqa: E402
+from benchmarks import charts, checkpoint, data, decode, grouping, labels, options, peer, plan, train, where  # noqa: E402
 from benchmarks.record import RESULTS  # noqa: E402
 
 TINY = ["--size", "tiny", "--canvas", "112", "--rounds", "2", "--device", "cpu"]
@@ -45,6 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         == 0
     )
     assert labels.main([*TINY, "--groups", "4", "--one-process", "--out", str(out)]) == 0
+    assert checkpoint.main([*TINY, "--steps", "2", "--out", str(out)]) == 0
     assert plan.main(["--sizes", "5000", "--tokenize", "50", "--out", str(out)]) == 0
     return out
 
@@ -99,6 +100,20 @@ def test_a_steps_time_is_told_by_kinds(results: Path) -> None:
         assert row["kinds_s"].get("other operators", 0) < 0.4 * sum(row["kinds_s"].values())
     assert where.kind("aten::addmm") == "matrix products"
     assert where.kind("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+
+
+def test_a_checkpoints_cost_is_told_in_steps(results: Path) -> None:
+    rows = written(results / "checkpoint.json")["rows"]
+    assert [(row["tune"], row["way"]) for row in rows] == [
+        ("lora", "background"), ("lora", "waiting"), ("full", "background"), ("full", "waiting"),
+    ]  # fmt: skip
+    for row in rows:
+        trained = row["trained_parameters"] * 12 / 2**20  # weights and two moments, in fp32
+        assert trained < row["mib"] < 1.2 * trained + 0.2
+        assert row["waited_s"]["median"] <= row["written_s"]["median"]
+        assert row["waited_steps"]["median"] == pytest.approx(
+            row["waited_s"]["median"] / row["step_s"]["median"], rel=0.5
+        )
 
 
 def test_options_learn_the_same(results: Path) -> None:
@@ -157,7 +172,7 @@ def test_the_page_holds_the_committed_results() -> None:
     assert charts.filled(page, charts.tables(RESULTS)) == page
     for file in RESULTS.glob("*.json"):
         assert f"<!-- {file.stem} -->" in page
-    assert {"train", "decode", "data", "labels", "options", "plan", "grouping", "where"} <= set(
+    assert {"train", "decode", "data", "labels", "options", "plan", "grouping", "where", "checkpoint"} <= set(
         re.findall(r"<!-- (\w+) -->", page)
     )
 

@@ -99,6 +99,7 @@ def test_show_writes_the_canvas_and_every_token(recipe: Path, capsys: pytest.Cap
     assert "×9" in printed
     assert page.count('class="token supervised"') > 3
     assert "→" in page
+    assert cli.main(["show", str(recipe), "--index", "0", "--out", str(out)]) == 0  # one question: no fork
     assert cli.main(["show", str(recipe), "--index", "99"]) == 2
     assert "images, 0 to" in capsys.readouterr().err
 
@@ -174,9 +175,17 @@ def test_check_lists_the_problems_of_all_recipes(tmp_path: Path, capsys: pytest.
         assert f"{name}.yaml: data: missing" in said
 
 
+@pytest.mark.fault("F21")
 def test_an_output_that_cannot_be_written(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (recipe.parent / "file").write_text("")
-    assert "cannot be written" in fails(recipe, capsys, f"output={recipe.parent / 'file'}")
+    file = recipe.parent / "file"
+    file.write_text("")
+    (recipe.parent / "run").mkdir()
+    (recipe.parent / "run" / "checkpoints").write_text("")
+    (recipe.parent / "run" / "ended.json").write_text("{}")
+    for output in (file, file / "below", recipe.parent / "run"):
+        said = fails(recipe, capsys, f"output={output}")
+        assert f"output: {output}" in said
+        assert "a file is where a folder must be" in said
 
 
 def test_evaluate_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

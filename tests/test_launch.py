@@ -1,6 +1,7 @@
 """`--gpus`, and the Accelerate configurations it and people use."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,17 @@ from surgvqa.recipe import BadInput
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The command that would have replaced this process."""
+    """The command that would have replaced this process, and its environment's words on ending."""
     command: list[str] = []
-    monkeypatch.setattr(os, "execv", lambda program, words: command.extend([program, *words[1:]]))
+
+    def replace(program: str, words: list[str], environment: dict[str, str]) -> None:
+        command.extend([program, *words[1:]])
+        ending = {
+            name: value for name, value in environment.items() if "SHUTDOWN" in name or "SIGNALS" in name
+        }
+        command.extend(f"{name}={value}" for name, value in sorted(ending.items()))
+
+    monkeypatch.setattr(os, "execve", replace)
     return command
 
 
@@ -40,7 +49,18 @@ def test_becomes_accelerate_launch(
     assert started == [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)),
         *("--num_processes", processes, "-m", "surgvqa.train", "recipes/demo.yaml", "train.lr=1e-4"),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600",
     ]
+
+
+def test_the_launcher_heeds_nohup_too(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "available_gpus", lambda: 2)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        launch.launch("2", ["recipes/demo.yaml"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT" in started
 
 
 @pytest.mark.parametrize(
@@ -98,6 +118,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.fault("F22")
 def test_two_jobs_of_two_cpu_processes_run_side_by_side(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

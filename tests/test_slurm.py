@@ -1,10 +1,11 @@
 """The batch scripts, submitted to a real SLURM of two nodes whose GPUs are fake: the CPU does the work."""
 
 import json
+import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,23 @@ import slurm_cluster
 from trajectory.conftest import Runs, trace
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["train.max_steps=2", "eval.every=null", "eval.final=null"]
 
 needs_slurm = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing())
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.Cluster]:
-    """Jobs find this interpreter's `accelerate`, and an nvidia-smi as on a node whose driver sees no GPU."""
+    """Jobs find this interpreter's `accelerate`, an nvidia-smi as on a node whose driver sees no GPU, and a
+    scontrol that notes what checkpoints there are when a job requeues itself."""
     programs = tmp_path_factory.mktemp("bin")
-    (programs / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    (programs / "nvidia-smi").chmod(0o755)
+    by_job = '[ "$1" = requeue ] && [ -n "$SLURM_JOB_ID" ]'
+    for name, lines in {
+        "nvidia-smi": "exit 9",
+        "scontrol": f"{by_job} && echo $(ls -A $RUN/checkpoints) >>$RUN.requeued\n"
+        f'exec {shutil.which("scontrol")} "$@"',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (programs / name).chmod(0o755)
     with slurm_cluster.cluster(nodes=2) as running:
         path = running.environment["PATH"]
         running.environment["PATH"] = f"{programs}:{Path(sys.executable).parent}:{path}"
@@ -36,27 +43,6 @@ def submit(cluster: slurm_cluster.Cluster, log: Path, *arguments: str) -> tuple[
     """The state a job ended in, and what it printed."""
     state = cluster.run("--cpus-per-task=2", "--time=5", f"--output={log}", *arguments, cwd=ROOT)
     return state, log.read_text()
-
-
-@needs_slurm
-@pytest.mark.parametrize(
-    ("shape", "processes"),
-    [(["--gres=gpu:1"], 1), (["--gres=gpu:2"], 2), (["--nodes=2", "--gres=gpu:1"], 2)],
-    ids=["1 GPU", "2 GPUs", "2 nodes of 1 GPU"],
-)
-def test_a_job_trains_on_all_it_was_given(
-    cluster: slurm_cluster.Cluster, tmp_path: Path, shape: list[str], processes: int
-) -> None:
-    run = tmp_path / "run"
-    train = [*shape, "slurm/train.sbatch", "recipes/demo.yaml", f"output={run}", *SHORT]
-    state, log = submit(cluster, tmp_path / "log", *train)
-    assert state == "COMPLETED", log
-    assert ("1 process," if processes == 1 else f" {processes} processes,") in log
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
-    if shape == ["--gres=gpu:2"]:
-        state, log = submit(cluster, tmp_path / "log", *shape, "slurm/evaluate.sbatch", str(run))
-        assert state == "COMPLETED", log
-        assert (run / "predictions.jsonl").stat().st_size > 0
 
 
 @needs_slurm
@@ -87,12 +73,13 @@ def slow():
         time.sleep(0.05)
     records = sys.modules["surgvqa.run"].Records
     step = records.step
-    records.step = lambda *given, **row: (step(*given, **row), time.sleep(float(os.environ["SLOWLY"])))
+    seconds = float(os.environ["SLOWLY"])
+    records.step = lambda *given, **row: (step(*given, **row), time.sleep(seconds + 4 * (row["step"] == 20)))
 
 if "SLOWLY" in os.environ:
     threading.Thread(target=slow, daemon=True).start()
 """
-"""A sitecustomize.py with which every step of a run takes longer."""
+"""A sitecustomize.py with which every step of a run takes longer, and the last one longest."""
 
 
 class Jobs:
@@ -104,18 +91,18 @@ class Jobs:
         cluster.environment |= {"PYTHONPATH": f"{ROOT}:{runs.folder}"}
 
     def words(self, output: str) -> list[str]:
-        return [str(self.runs.recipe), *self.runs._words(output, "checkpoint.every=50")]
+        return [str(self.runs.recipe), *self.runs._words(output)]
 
     def submit(self, output: str, seconds: float, *options: str) -> str:
         """`seconds` that a step takes at least; returns the job's number."""
-        self.cluster.environment["SLOWLY"] = str(seconds)
+        self.cluster.environment |= {"SLOWLY": str(seconds), "RUN": str(self.runs.folder / output)}
         options = ("--gres=gpu:1", "--cpus-per-task=1", f"--output={self.log_of(output)}", *options)
-        command = ["sbatch", "--parsable", *options, "slurm/train.sbatch", *self.words(output)]
-        return self.cluster.submit(*command, cwd=ROOT)
+        words = [*self.words(output), "checkpoint.every=3"]
+        return self.cluster.submit("sbatch", "--parsable", *options, "slurm/train.sbatch", *words, cwd=ROOT)
 
     def surgvqa(self, seconds: float, *words: str) -> list[str]:
         """The numbers of the jobs that `surgvqa submit` submits."""
-        self.cluster.environment["SLOWLY"] = str(seconds)
+        self.cluster.environment |= {"SLOWLY": str(seconds), "RUN": str(self.runs.folder / "submitted")}
         command = [sys.executable, "-m", "surgvqa.cli", "submit", *words, "--cpus-per-task=1", "--time=5"]
         printed = self.cluster.submit(*command, cwd=ROOT)
         return [line.split()[1].strip(":") for line in printed.splitlines() if line.startswith("job ")]
@@ -125,9 +112,13 @@ class Jobs:
 
     def until_step(self, output: str, step: int) -> None:
         """Wait until a run has made so many steps."""
-        records, end = self.runs.folder / output / "metrics.jsonl", time.monotonic() + 120
-        while not records.is_file() or len(records.read_text().splitlines()) < step:
-            assert time.monotonic() < end, output
+        records = self.runs.folder / output / "metrics.jsonl"
+        self.until(lambda: records.is_file() and len(records.read_text().splitlines()) >= step, output)
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + 240
+        while not condition():
+            assert time.monotonic() < end, what
             time.sleep(0.1)
 
     def ask_to_save(self, job: str) -> None:
@@ -151,65 +142,138 @@ def jobs(cluster: slurm_cluster.Cluster, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def limited(jobs: Jobs) -> str:
-    """A job whose time ends before its run does; submitted early, since that takes a minute.
+    """A job whose time ends before its run does; submitted early, since that takes two minutes.
 
-    SLURM looks every 30 seconds: it asks after 25 to 55 of the 60.
+    SLURM looks every 30 seconds: it asks after 85 to 115 of the 120.
     """
-    return jobs.submit("limited", 2.5, "--time=1", "--signal=B:USR1@5")
+    return jobs.submit("limited", 5, "--time=2", "--signal=B:USR1@5")
+
+
+@pytest.fixture(scope="module")
+def asked(jobs: Jobs) -> dict[str, str]:
+    """Jobs of two processes that were asked to save in the middle, and come back."""
+    asked = {
+        "gpus": jobs.submit("gpus", 0.5, "--gres=gpu:2"),
+        "nodes": jobs.submit("nodes", 0.5, "--nodes=2"),
+    }
+    for output, job in asked.items():
+        jobs.until_step(output, 4)
+        jobs.ask_to_save(job)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def reference(jobs: Jobs) -> Path:
+    """The run that nothing disturbs."""
+    done = jobs.runs.launched("reference", ["torch.distributed.run", "--standalone"])
+    assert done.returncode == 0, done.stderr
+    return jobs.runs.folder / "reference"
 
 
 @needs_slurm
+@pytest.mark.fault("F6")
 def test_arrays_chains_and_evaluations(jobs: Jobs, limited: str) -> None:
     cluster, folder = jobs.cluster, jobs.runs.folder
-    evaluated = ["--array-seeds", "2", "--evaluate", "val"]
-    array, evaluation = jobs.surgvqa(1.0, *jobs.words("array"), *evaluated)
-    chain = jobs.surgvqa(1.0, *jobs.words("array-chain"), "--chain", "3")
-    jobs.until_step("array-seed43", 3)
-    jobs.ask_to_save(f"{array}_43")
+    array, evaluation = jobs.surgvqa(1.0, *jobs.words("array"), "eval.final=val", "--array-seeds", "2")
+    *chain, last = jobs.surgvqa(1.0, *jobs.words("array-chain"), "eval.final=test", "--chain", "3")
+    jobs.until(lambda: cluster.fields(f"{array}_42")["JobState"] == "RUNNING", "the job begins")
+    jobs.until((ROOT / f"slurm-{cluster.fields(f'{array}_42')['JobId']}").is_dir, "its script begins")
+    jobs.ask_to_save(f"{array}_42")  # while Python still imports what it needs
     jobs.until_step("array-chain", 3)
     jobs.ask_to_save(chain[0])
 
     cluster.environment["COLUMNS"] = "200"
     table = cluster.submit(sys.executable, "-m", "surgvqa.cli", "status", str(folder), cwd=ROOT)
-    (row,) = [line.split() for line in table.splitlines() if "array-seed42" in line]
+    (row,) = [line.split() for line in table.splitlines() if "array-seed43" in line]
     assert row[1] in ("running", "done")
-    assert row[1] == "done" or row[2] == f"{array}_42"
+    assert row[1] == "done" or row[2] == f"{array}_43"
+    jobs.until_step("array-seed43", 20)
+    jobs.ask_to_save(f"{array}_43")  # while the run ends anyway
 
     assert [cluster.end(job, 200) for job in chain] == ["FAILED", "COMPLETED", "COMPLETED"]
     assert "A job before this one" in (ROOT / f"slurm-surgvqa-array-chain-{chain[2]}.out").read_text()
     assert trace(folder / "array-chain")[-1]["step"] == 20
-    for seed, restarts in ((42, "0"), (43, "1")):
+    assert cluster.end(last, 200) == "COMPLETED"
+    assert json.loads((folder / "array-chain" / "scores.json").read_text())["split"] == "test"
+    for seed, stopped in ((42, ["0"]), (43, [])):
         assert cluster.end(f"{array}_{seed}", 200) == "COMPLETED"
-        assert cluster.fields(f"{array}_{seed}")["Restarts"] == restarts
-        assert cluster.end(f"{evaluation}_{seed}", 200) == "COMPLETED"
+        fields = cluster.fields(f"{array}_{seed}")
+        log = Path(fields["StdOut"]).read_text()
+        assert fields["Restarts"] == str(len(stopped))
+        assert "The time is nearly over" in log
+        assert re.findall(r"stopped after step (\d+)", log) == stopped
         assert len(trace(folder / f"array-seed{seed}")) == 20
-        assert (folder / f"array-seed{seed}" / "scores.val.json").is_file()
+        assert cluster.end(f"{evaluation}_{seed}", 200) == "COMPLETED"
+        assert json.loads((folder / f"array-seed{seed}" / "scores.json").read_text())["split"] == "val"
     assert trace(folder / "array-seed42")[0]["ids"] != trace(folder / "array-seed43")[0]["ids"]
 
 
 @needs_slurm
-def test_a_job_goes_on_until_the_run_is_done(jobs: Jobs, limited: str) -> None:
-    """F6: the time limit, a requeue by an administrator and scancel, of three jobs at the same time."""
+@pytest.mark.fault("F6")
+def test_a_requeue_and_a_node_that_is_drained_or_down(
+    jobs: Jobs, limited: str, asked: dict[str, str], reference: Path
+) -> None:
+    cluster, spare = jobs.cluster, "--partition=spare"
+
+    def node(state: str) -> None:
+        cluster.ask("scontrol", "update", f"nodename={cluster.spare}", f"state={state}", "reason=test")
+
+    job = jobs.submit("hurt", 0.5, spare)
+    jobs.until_step("hurt", 4)
+    cluster.ask("scontrol", "requeue", job)
+    jobs.until(lambda: "resuming" in jobs.log_of("hurt").read_text(), "the job goes on")
+
+    node("drain")
+    step = len(trace(jobs.runs.folder / "hurt"))
+    other = cluster.submit("sbatch", "--parsable", spare, "--output=/dev/null", "--wrap=true", cwd=ROOT)
+    jobs.until_step("hurt", step + 4)
+    assert cluster.fields(other)["JobState"] == "PENDING"
+    node("resume")
+    assert cluster.end(other) == "COMPLETED"
+
+    node("down")
+    jobs.until((jobs.runs.folder / "hurt/ended.json").exists, "the run saved")
+    node("resume")
+    assert cluster.end(job, 200) == "COMPLETED", jobs.log_of("hurt").read_text()
+    log = jobs.log_of("hurt").read_text()
+    assert cluster.fields(job)["Restarts"] == "2"
+    assert log.count("resuming after step") == 2
+    assert "DUE TO NODE FAILURE" in log
+    assert "asks to go back into the queue" not in log  # nobody else does that
+    assert jobs.ended("hurt") == "done"
+    jobs.assert_curve("hurt", reference)
+
+
+@needs_slurm
+@pytest.mark.fault("F6")
+def test_a_job_goes_on_until_the_run_is_done(
+    jobs: Jobs, limited: str, asked: dict[str, str], reference: Path
+) -> None:
+    """F6: the time limit; the same signal on two GPUs and on two nodes; scancel."""
     cluster = jobs.cluster
-    requeued, cancelled = jobs.submit("requeued", 0.7), jobs.submit("cancelled", 0.7)
-    jobs.until_step("requeued", 4)
-    cluster.ask("scontrol", "requeue", requeued)
+    cancelled = jobs.submit("cancelled", 0.7)
     jobs.until_step("cancelled", 4)
     cluster.ask("scancel", cancelled)
-    reference = jobs.runs.launched("reference", ["torch.distributed.run", "--standalone"])
-    assert reference.returncode == 0, reference.stderr
-
     assert cluster.end(cancelled) == "CANCELLED", jobs.log_of("cancelled").read_text()
     assert jobs.ended("cancelled") == "preempted"
     assert cluster.fields(cancelled)["Restarts"] == "0"
 
-    for job, output in ((requeued, "requeued"), (limited, "limited")):
+    for output, job in {**asked, "limited": limited}.items():
         assert cluster.end(job, 300) == "COMPLETED", jobs.log_of(output).read_text()
         log = jobs.log_of(output).read_text()
-        restarts = int(cluster.fields(job)["Restarts"])
-        assert restarts >= 1
-        assert log.count("stopped after step") == log.count("resuming after step") == restarts, log
+        assert (" 2 processes," in log) == (output != "limited")
         assert jobs.ended(output) == "done"
-        jobs.assert_curve(output, jobs.runs.folder / "reference")
-        # Requeued by the job itself only where nobody else does.
-        assert log.count("asks to go back into the queue") == (restarts if output == "limited" else 0)
+        jobs.assert_curve(output, reference)
+        # Requeued once each time, when the checkpoint that it goes on from had its name.
+        stopped = re.findall(r"\[0\] stopped after step (\d+)", log)
+        assert len(stopped) == int(cluster.fields(job)["Restarts"]) >= 1
+        assert re.findall(r"resuming after step (\d+)", log) == [step for step in stopped if step != "0"]
+        found = [line.split() for line in (jobs.runs.folder / f"{output}.requeued").read_text().splitlines()]
+        newest = [[f"step-{int(step):06d}"] if step != "0" else [] for step in stopped]
+        assert [names[-1:] for names in found] == newest
+        assert all(name.startswith("step-") for names in found for name in names)
+
+    run = jobs.runs.folder / "gpus"
+    state, log = submit(cluster, jobs.log_of("evaluated"), "--gres=gpu:2", "slurm/evaluate.sbatch", str(run))
+    assert state == "COMPLETED", log
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == 18

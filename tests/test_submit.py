@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from surgvqa import cli, lock, slurm
+from surgvqa.endings import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = "recipes/demo.yaml"
@@ -31,28 +32,48 @@ def commands(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]
 
 def test_one_job(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--gpus", "2", "--nodes", "3", "--time", "18:00:00", "--account", "lab", "--qos", "long"]
-    (command,) = commands(capsys, DEMO, "train.lr=1e-4", *words)
+    command, evaluation = commands(capsys, DEMO, "train.lr=1e-4", *words)
     assert command[0] == "sbatch"
-    assert command[-3:] == ["slurm/train.sbatch", DEMO, "train.lr=1e-4"]
+    assert command[-4:] == ["slurm/train.sbatch", DEMO, "train.lr=1e-4", "eval.final=null"]
     for option in ("gres=gpu:2", "nodes=3", "time=18:00:00", "account=lab", "qos=long"):
         assert f"--{option}" in command
     assert not [word for word in command if word.startswith(("--no-requeue", "--array", "--dependency"))]
+    assert evaluation[-3:] == ["slurm/evaluate.sbatch", "runs/demo", "eval.final=test"]
+    assert {"--dependency=afterok:JOB1", "--gres=gpu:2", "--nodes=3", "--qos=long"} <= set(evaluation)
+    assert "--time=18:00:00" not in evaluation
+
+
+@pytest.mark.parametrize(
+    ("words", "scripts"),
+    [
+        (["--evaluate", "val"], [["eval.final=test"], ["eval.final=test", "--split", "val"]]),
+        (["--evaluate", "test"], [["eval.final=test"]]),
+        (["eval.final=null"], []),
+        (["eval.final=null", "--evaluate", "val"], [["--split", "val"]]),
+    ],
+    ids=["another part too", "the same part", "none", "only another part"],
+)
+def test_what_is_evaluated_when_training_is_done(
+    words: list[str], scripts: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, *evaluations = commands(capsys, DEMO, *words)
+    assert training[-1] == "eval.final=null"  # not by training itself
+    assert [command[command.index("runs/demo") + 1 :] for command in evaluations] == scripts
 
 
 def test_a_chain_starts_over_only_once_and_is_evaluated_last(capsys: pytest.CaptureFixture[str]) -> None:
-    *chain, last = commands(capsys, DEMO, "--chain", "3", "--fresh", "--yes", "--evaluate", "val")
+    *chain, last = commands(capsys, DEMO, "--chain", "3", "--fresh", "--yes")
     assert ["--fresh" in command for command in chain] == [True, False, False]
     assert all("--no-requeue" in command for command in chain)
     assert "--dependency=afterany:JOB1" in chain[1]
     assert "--dependency=afterany:JOB2" in chain[2]
-    assert "--dependency=afterok:JOB3" in last
-    assert last[-4:] == ["slurm/evaluate.sbatch", "runs/demo", "--split", "val"]
+    assert {"--dependency=afterok:JOB3", "--kill-on-invalid-dep=yes", "slurm/evaluate.sbatch"} <= set(last)
 
 
 def test_seeds_are_an_array(capsys: pytest.CaptureFixture[str]) -> None:
-    training, evaluation = commands(capsys, DEMO, "--array-seeds", "3", "--evaluate", "val")
+    training, evaluation = commands(capsys, DEMO, "--array-seeds", "3")
     assert "--array=42-44" in training
-    assert training[-2:] == ["train.seed=%a", "output=runs/demo-seed%a"]
+    assert training[-3:] == ["eval.final=null", "train.seed=%a", "output=runs/demo-seed%a"]
     assert {"--array=42-44", "--dependency=aftercorr:JOB1", "runs/demo-seed%a"} <= set(evaluation)
 
 
@@ -87,10 +108,12 @@ def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, lines in {
-        "srun": 'echo "$@" >> srun.txt; echo "$CODE" > "$SURGVQA_EXIT_FILE"; exit 1',
+        "srun": '[ "$SIGNALS" = srun ] && kill -USR1 $PPID && sleep 1\n'
+        '[ -e "$SURGVQA_STOP_FILE" ] && touch asked\n'
+        'echo "$@" >> srun.txt; echo "$CODE" > "$SURGVQA_EXIT_FILE"; exit 1',
         "scontrol": '[ "$1" = show ] && echo node1 || echo "$@" >> requeued.txt',
-        "squeue": 'echo "$STATE"',
-        "nvidia-smi": "true",
+        "squeue": '[ -z "$LATE" ] || kill -USR1 $PPID; echo "$STATE"',
+        "nvidia-smi": '[ "$SIGNALS" != nvidia-smi ] || kill -USR1 $PPID',
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{lines}\n")
         (programs / name).chmod(0o755)
@@ -115,8 +138,14 @@ def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.mark.parametrize(
     ("code", "state", "requeued"),
-    [("4", "RUNNING", True), ("4", "COMPLETING", False), ("0", "RUNNING", False), ("5", "RUNNING", False)],
-    ids=["time over", "SLURM ends it", "done", "numeric"],
+    [
+        ("4", "RUNNING", True),
+        ("4", "COMPLETING", False),
+        ("0", "RUNNING", False),
+        ("2", "RUNNING", False),
+        ("5", "RUNNING", False),
+    ],
+    ids=["time over", "SLURM ends it", "done", "another job has the folder", "numeric"],
 )
 def test_only_a_run_that_saved_is_requeued(
     code: str,
@@ -128,6 +157,47 @@ def test_only_a_run_that_saved_is_requeued(
     done = job(CODE=code, STATE=state)
     assert (tmp_path / "requeued.txt").exists() == requeued, done.stdout + done.stderr
     assert done.returncode == (0 if requeued else int(code))
+
+
+@pytest.mark.parametrize("sender", ["nvidia-smi", "srun"], ids=["before it begins", "while it runs"])
+def test_a_run_is_asked_to_stop_whenever_the_signal_comes(
+    sender: str, job: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = job(CODE="4", SIGNALS=sender)
+    assert (tmp_path / "asked").exists()
+    assert (tmp_path / "requeued.txt").exists(), done.stdout + done.stderr
+    (tmp_path / "asked").unlink()
+    done = job(CODE="0", SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0
+    assert not (tmp_path / "asked").exists()  # it was meant for the job's former start
+
+
+def test_a_run_that_is_done_when_the_signal_comes_is_not_requeued(
+    job: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = job(CODE="0", SIGNALS="srun")
+    assert "The time is nearly over" in done.stdout
+    assert done.returncode == 0
+    assert not (tmp_path / "requeued.txt").exists()
+
+
+def test_a_run_stops_where_a_file_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "stop"
+    monkeypatch.setenv("SURGVQA_STOP_FILE", str(file))
+    with Stop() as stop:
+        assert not stop
+        file.touch()
+        assert stop
+        assert stop.reason == f"asked by {file}"
+
+
+def test_a_signal_that_comes_when_the_run_has_ended_does_no_harm(
+    job: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = job(CODE="4", LATE="yes")
+    assert "The time is nearly over" in done.stdout
+    assert (tmp_path / "requeued.txt").exists(), done.stdout + done.stderr
+    assert done.returncode == 0
 
 
 def test_a_run_that_gets_no_further_is_not_requeued_for_ever(
@@ -170,6 +240,7 @@ def test_status_of_runs(
     (done / "scores.json").write_text('{"overall": {"exact": 0.625}, "split": "test"}')
     going = a_run(runs / "going", 50)
     own = {"host": here, "pid": os.getpid(), "started": lock._started(os.getpid()), "job": "7"}
+    own["place"] = lock._place()
     (going / lock.NAME).write_text(json.dumps(own))
     killed = a_run(runs / "killed", 9)
     (killed / lock.NAME).write_text(json.dumps(own | {"started": "long ago", "job": "8"}))
@@ -197,6 +268,28 @@ def test_status_of_runs(
     printed = capsys.readouterr().out
     assert "50/200" in printed
     assert "0:05:00" in printed
+
+
+def test_status_of_runs_that_wait_for_their_first_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs of an array, their evaluation and somebody else's work."""
+    rows = [
+        f"8|8_42|PENDING|42|surgvqa-exp|{tmp_path}|runs/exp-seed%a",
+        f"8|8_43|PENDING|43|surgvqa-exp|{tmp_path}|runs/exp-seed%a",
+        f"9|9_42|PENDING|42|surgvqa-evaluate-exp|{tmp_path}|(null)",
+        f"10|10|RUNNING|N/A|notebook|{tmp_path}|for the grant",
+    ]
+    (tmp_path / "squeue").write_text("#!/bin/sh\ncat <<END\n" + "\n".join(rows) + "\nEND\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["status"]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[1:] == [
+        ["runs/exp-seed42", "pending", "8_42"],
+        ["runs/exp-seed43", "pending", "8_43"],
+    ]
 
 
 def test_status_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,10 @@ MODULES = {
 }
 
 
+MAX_BYTES = 2**30
+"""Larger image files are refused: none is one, but a hole of any length looks like a file."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRef:
     """Where the bytes of an image are: a file of its own, or a cell of a table read with `datasets`.
@@ -50,6 +54,8 @@ class ImageRef:
     def read(self) -> bytes:
         """The encoded bytes. Raises OSError where there are none."""
         if self.path is not None:
+            if self.path.stat().st_size > MAX_BYTES:
+                raise OSError(f"is larger than {MAX_BYTES >> 30} GiB")
             return self.path.read_bytes()
         cell = self.table[self.row][self.column]
         if not cell or not cell["bytes"]:

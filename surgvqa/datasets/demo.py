@@ -10,7 +10,9 @@ from surgvqa.demo import cached
 
 
 def read(path: str | None, revision: str | None) -> Iterator[Example | Problem]:
-    """Questions of the demo in the folder `path`, by default one in the cache, written if it is not there."""
+    """Questions of the demo in the cache, drawn if they are not there, or of a copy in the folder `path`."""
     from surgvqa.demo.scenes import write_demo
 
-    yield from tables.read(str(write_demo(Path(path) if path else cached("demo"))), None)
+    # Only the cache is written to: a recipe does not choose where.
+    file = Path(path) / "questions.jsonl" if path else write_demo(cached("demo"))
+    yield from tables.read(str(file), None)

@@ -23,22 +23,26 @@ import sys, time
 from surgvqa import run, train
 
 step = run.Records.step
-run.Records.step = lambda *given, **row: (step(*given, **row), time.sleep(0.15))
+run.Records.step = lambda *given, **row: (step(*given, **row), time.sleep(PAUSE))
 sys.exit(train.main())
 """
-"""A run of 20 steps that takes some seconds, so that it can be hurt in the middle."""
+"""A run whose steps take PAUSE seconds longer, so that one of 20 steps can be hurt in the middle."""
 
 ONE: list[str] = []
 TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
 class Hurt:
-    """One run folder, started again and again; steps of the reference are 20."""
+    """One run folder, started again and again; steps of the reference are 20.
 
-    def __init__(self, runs: Runs, name: str) -> None:
+    `pause` is the number of seconds that each step takes longer, `every` the steps between checkpoints.
+    """
+
+    def __init__(self, runs: Runs, name: str, pause: float = 0.15, every: int = 3) -> None:
         self.runs, self.name, self.folder = runs, name, runs.folder / name
         self.script = runs.folder / f"{name}.py"
-        self.script.write_text(SLOWLY, encoding="utf-8")
+        self.script.write_text(SLOWLY.replace("PAUSE", str(pause)), encoding="utf-8")
+        self.every = every
         self.code = runs.folder / f"{name}.code"
         self.started: list[subprocess.Popen[str]] = []
 
@@ -48,7 +52,7 @@ class Hurt:
         self.code.unlink(missing_ok=True)
         log = (self.runs.folder / f"{self.name}.log").open("w", encoding="utf-8")
         process = subprocess.Popen(
-            [*program, *self.runs._words(self.name, "checkpoint.every=3", *overrides)],
+            [*program, *self.runs._words(self.name, f"checkpoint.every={self.every}", *overrides)],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -65,10 +69,10 @@ class Hurt:
         self.started.append(process)
         return process
 
-    def finish(self, launcher: list[str], *overrides: str) -> None:
+    def finish(self, launcher: list[str], *overrides: str, seconds: float = 240) -> None:
         """The same command again, to its end."""
         process = self.start(launcher, *overrides)
-        assert process.wait(240) == 0, self.log
+        assert process.wait(seconds) == 0, self.log
         assert self.left() == 0, self.log
 
     @property
@@ -104,6 +108,13 @@ class Hurt:
                 if variables.get("SURGVQA_EXIT_FILE") == str(self.code):
                     found[int(environ.parent.name)] = variables
         return found
+
+    def until_gone(self) -> None:
+        """Wait until nothing of this run lives any more."""
+        end = time.monotonic() + 30
+        while self.processes():
+            assert time.monotonic() < end, f"left behind:\n{self.log}"
+            time.sleep(0.1)
 
     def ranks(self) -> list[int]:
         """Process ids of the processes that train, by rank, of a run started through a launcher."""

@@ -22,6 +22,7 @@ def ended(run: Hurt) -> dict[str, object]:
     return dict(json.loads((run.folder / "ended.json").read_text(encoding="utf-8")))
 
 
+@pytest.mark.fault("F1", "F3")
 def test_killed_at_any_moment(hurt: Make, reference: Path) -> None:
     """F1, F3: SIGKILL of the whole group at seeded moments, the start included."""
     run, moments = hurt("killed"), random.Random(7)
@@ -48,6 +49,7 @@ def test_killed_at_any_moment(hurt: Make, reference: Path) -> None:
     ],
     ids=["alone, Ctrl-C", "one rank, USR1", "all, TERM", "launcher, TERM", "launcher, USR1"],
 )
+@pytest.mark.fault("F5")
 def test_asked_to_stop(hurt: Make, reference: Path, launcher: list[str], whom: str, number: int) -> None:
     """F5: one checkpoint at one step, the code for it, nobody left behind, and the curve goes on."""
     run = hurt(f"asked-{len(launcher)}-{whom}-{number}".replace(" ", ""))
@@ -59,10 +61,7 @@ def test_asked_to_stop(hurt: Make, reference: Path, launcher: list[str], whom: s
         ranks = [process.pid] if launcher == ONE else run.ranks()
         os.kill({"launcher": process.pid, "rank 0": ranks[0], "rank 1": ranks[-1]}[whom], number)
     process.wait(60)
-    end = time.monotonic() + 30
-    while run.processes():
-        assert time.monotonic() < end, f"left behind:\n{run.log}"
-        time.sleep(0.1)
+    run.until_gone()
     assert run.left() == 4, run.log
     assert ended(run)["name"] == "preempted"
     newest = max((run.folder / "checkpoints").iterdir())
@@ -73,6 +72,7 @@ def test_asked_to_stop(hurt: Make, reference: Path, launcher: list[str], whom: s
     run.assert_curve(reference, rel=0 if launcher == ONE else 1e-5)
 
 
+@pytest.mark.fault("F5")
 def test_a_second_signal_ends_it_at_once(hurt: Make) -> None:
     run = hurt("twice")
     process = run.start(ONE)
@@ -99,6 +99,7 @@ def test_time_is_up(hurt: Make, reference: Path) -> None:
     run.assert_curve(reference)
 
 
+@pytest.mark.fault("F4")
 def test_the_number_of_processes_may_change(hurt: Make, reference: Path) -> None:
     """F4: 1, 2, and 1 again, stopped in between in the middle of an epoch."""
     run = hurt("worlds")
@@ -112,6 +113,7 @@ def test_the_number_of_processes_may_change(hurt: Make, reference: Path) -> None
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+@pytest.mark.fault("F13")
 def test_a_process_that_is_gone_or_stuck(hurt: Make, reference: Path, how: signal.Signals) -> None:
     """F13: the other one ends within the timeout, and says which it was."""
     run = hurt(f"peer-{how.name}")
@@ -135,6 +137,7 @@ def test_a_process_that_is_gone_or_stuck(hurt: Make, reference: Path, how: signa
     run.assert_curve(reference, rel=1e-5)
 
 
+@pytest.mark.fault("F8")
 def test_a_full_disk(hurt: Make, reference: Path) -> None:
     """F8: files may not grow beyond 100 kB; the run ends with the code for it, and goes on once they may."""
     run = hurt("full")
@@ -151,6 +154,7 @@ def test_a_full_disk(hurt: Make, reference: Path) -> None:
     run.assert_curve(reference)
 
 
+@pytest.mark.fault("F20")
 def test_two_runs_in_one_folder(hurt: Make, reference: Path) -> None:
     """F20: the second names the owner and leaves; a lock whose owner was killed is taken over."""
     run = hurt("owner")
@@ -168,6 +172,7 @@ def test_two_runs_in_one_folder(hurt: Make, reference: Path) -> None:
     run.assert_curve(reference)
 
 
+@pytest.mark.fault("F19")
 def test_a_change_is_refused_or_accepted_and_recorded(hurt: Make) -> None:
     """F19."""
     run = hurt("accepted")

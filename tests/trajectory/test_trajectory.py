@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import TOPICS
 
+from surgvqa import recipe, train
 from surgvqa import run as runs_folder
-from surgvqa import train
 
 from .conftest import ROOT, Runs, trace
 
@@ -58,6 +59,7 @@ def test_the_reference_learns_from_every_question_once_per_epoch(runs: Runs, ref
     ],
     ids=" ".join,
 )
+@pytest.mark.fault("F25")
 def test_the_curve_does_not_depend_on(runs: Runs, reference: Path, change: list[str]) -> None:
     assert_same_curve(runs.here("-".join(change).replace("/", "_"), *change), reference)
 
@@ -70,6 +72,7 @@ def test_the_curve_does_not_depend_on(runs: Runs, reference: Path, change: list[
     ],
     ids=["accelerate", "torchrun"],
 )
+@pytest.mark.fault("F25")
 def test_two_processes_give_the_curve_of_one(runs: Runs, reference: Path, launcher: list[str]) -> None:
     done = runs.launched(launcher[0], launcher, "batch.tokens_per_micro_batch=200", "eval.final=test")
     assert done.returncode == 0, done.stderr
@@ -96,6 +99,7 @@ sys.exit(train.main())
 """
 
 
+@pytest.mark.fault("F14")
 def test_out_of_memory_on_one_process_makes_all_take_less(runs: Runs, reference: Path) -> None:
     launcher = ["accelerate.commands.launch", "--config_file", TWO_CPU]
     done = runs.launched("oom", launcher, "train.checkpoint_layers=auto", script=OUT_OF_MEMORY_ON_RANK_1)
@@ -106,6 +110,7 @@ def test_out_of_memory_on_one_process_makes_all_take_less(runs: Runs, reference:
     assert_same_curve(runs.folder / "oom", reference)
 
 
+@pytest.mark.fault("F24")
 def test_the_answers_do_not_depend_on_processes(runs: Runs) -> None:
     # The first evaluation, and so the first best, comes with the last step.
     changes = ["train.max_steps=3", "eval.final=test", "eval.every=100"]
@@ -124,6 +129,7 @@ def test_the_answers_do_not_depend_on_processes(runs: Runs) -> None:
     )
 
 
+@pytest.mark.fault("F24")
 def test_label_probabilities_do_not_depend_on_processes(runs: Runs) -> None:
     sets: dict[str, list[str]] = {}
     for _, answers, kind in TOPICS:
@@ -154,6 +160,7 @@ def test_label_probabilities_do_not_depend_on_processes(runs: Runs) -> None:
 @pytest.mark.parametrize("tune", ["full", "lora"])
 @pytest.mark.parametrize("vision", ["true", "false"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.fault("F3", "F26")
 def test_a_stopped_run_goes_on_bit_for_bit(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, tune: str, vision: str, precision: str
 ) -> None:
@@ -182,6 +189,36 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").open()] == list(range(1, 10))
 
 
+def test_what_fitted_before_is_taken_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others on the GPU come and go; in what portions a step is summed decides the last bits."""
+    from surgvqa.loss import TreeLoss
+
+    most = [80]
+    forward, step = TreeLoss.forward, runs_folder.Records.step
+
+    def limited(self: TreeLoss, pack: Any) -> Any:
+        if pack.tokens > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, pack)
+
+    def stop_at_4(self: object, **row: object) -> None:
+        step(self, **row)
+        if row["step"] == 4:
+            raise RuntimeError("as if killed")
+
+    monkeypatch.setattr(TreeLoss, "forward", limited)
+    changes = ["train.max_steps=6", "checkpoint.every=3", "batch.tokens_per_micro_batch=auto"]
+    whole = trace(runs.here("crowded", *changes))
+    with monkeypatch.context() as patch:
+        patch.setattr(runs_folder.Records, "step", stop_at_4)
+        with pytest.raises(RuntimeError, match="as if killed"):
+            runs.here("less-crowded", *changes)
+    most[0] = 10**6
+    assert trace(runs.here("less-crowded", *changes)) == whole
+    assert trace(runs.here("not-crowded", *changes)) != whole
+
+
+@pytest.mark.fault("F18", "F19")
 def test_a_changed_recipe_or_changed_data_is_refused(runs: Runs) -> None:
     run = runs.here("changed", "train.max_steps=2")
     with pytest.raises(train.BadInput) as caught:
@@ -198,6 +235,12 @@ def test_a_changed_recipe_or_changed_data_is_refused(runs: Runs) -> None:
     finally:
         runs.data.write_text(original, encoding="utf-8")
     assert runs.here("changed", "train.max_steps=2", "log.trace=false") == run
+    for change in ("model.train_merger=false", "model.tune=lora"):
+        words = runs._words("changed", "train.max_steps=2", "train.lr=2e-3", change)
+        with pytest.raises(train.BadInput, match=r"--accept-changes does not help") as caught:
+            train.train(recipe.load(runs.recipe, words), accept_changes=True)
+        assert change.partition("=")[0] in str(caught.value)
+    assert not (run / "changes.jsonl").exists()
 
 
 def test_class_weights_and_question_loss_are_what_they_say(runs: Runs) -> None:
@@ -230,6 +273,7 @@ def test_class_weights_and_question_loss_are_what_they_say(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(("bad", "code"), [({4}, 0), (set(range(3, 40)), 5)], ids=["one step", "for good"])
+@pytest.mark.fault("F11")
 def test_gradients_that_are_not_finite_update_nothing(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: set[int], code: int
 ) -> None:

@@ -19,14 +19,15 @@ from trajectory.conftest import ROOT, Runs, runs, trace
 __all__ = ["runs"]
 
 SLOWLY = """
+{more}
 import sys, time
 from surgvqa import run, train
 
 step = run.Records.step
-run.Records.step = lambda *given, **row: (step(*given, **row), time.sleep(PAUSE))
+run.Records.step = lambda *given, **row: (step(*given, **row), time.sleep({pause}))
 sys.exit(train.main())
 """
-"""A run whose steps take PAUSE seconds longer, so that one of 20 steps can be hurt in the middle."""
+"""A run whose steps take some seconds longer, so that one of 20 steps can be hurt in the middle."""
 
 ONE: list[str] = []
 TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -41,10 +42,14 @@ class Hurt:
     def __init__(self, runs: Runs, name: str, pause: float = 0.15, every: int = 3) -> None:
         self.runs, self.name, self.folder = runs, name, runs.folder / name
         self.script = runs.folder / f"{name}.py"
-        self.script.write_text(SLOWLY.replace("PAUSE", str(pause)), encoding="utf-8")
-        self.every = every
+        self.pause, self.every = pause, every
+        self.write()
         self.code = runs.folder / f"{name}.code"
         self.started: list[subprocess.Popen[str]] = []
+
+    def write(self, more: str = "") -> None:
+        """The script that runs, which first does `more`."""
+        self.script.write_text(SLOWLY.format(pause=self.pause, more=more), encoding="utf-8")
 
     def start(self, launcher: list[str], *overrides: str, **options: Any) -> subprocess.Popen[str]:
         """Start the run in a session, and so a process group, of its own."""

@@ -27,7 +27,7 @@ from trajectory.conftest import ROOT, Runs, trace
 
 from surgvqa import checkpoint
 
-from .conftest import ONE, SLOWLY, TWO, Hurt
+from .conftest import ONE, TWO, Hurt
 
 Make = Callable[[str], Hurt]
 
@@ -210,7 +210,7 @@ def test_clocks_zones_and_file_times_do_not_matter(hurt: Make, reference: Path) 
         for path in (folder, *folder.iterdir()):
             os.utime(path, (2e9 - 1e9 * place, 2e9 - 1e9 * place))
     began = datetime.now(timezone.utc)
-    run.script.write_text(YESTERDAY + SLOWLY, encoding="utf-8")
+    run.write(YESTERDAY)
     run.finish(ONE)
     run.assert_curve(reference)
     newest = folders[-1][0]

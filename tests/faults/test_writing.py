@@ -19,7 +19,7 @@ from trajectory.conftest import Runs
 from surgvqa import checkpoint, memory, model, slurm
 from surgvqa.run import Records
 
-from .conftest import ONE, SLOWLY, TWO, Hurt
+from .conftest import ONE, TWO, Hurt
 from .moments import killed
 
 Make = Callable[[str], Hurt]
@@ -131,7 +131,7 @@ def test_killed_while_it_writes(hurt: Make, reference: Path, runs: Runs, every_c
 
 def slowly_written(run: Hurt, seconds: float, first: float) -> None:
     """A run each of whose checkpoints takes so long to write, the first `first` seconds."""
-    slow = f"""
+    run.write(f"""
 from surgvqa import hub
 
 copy = hub.copy_processor
@@ -141,8 +141,7 @@ def slow(folder, target):
     copy(folder, target)
 
 hub.copy_processor = slow
-sys.exit"""
-    run.script.write_text(SLOWLY.replace("sys.exit", slow), encoding="utf-8")
+""")
 
 
 @pytest.mark.fault("F5")
@@ -189,7 +188,7 @@ def test_a_save_slower_than_the_grace_period(hurt: Make, reference: Path, second
     assert run.left() is None
     assert checkpoint.newest(root) == (root / "step-000003", [])
     if second == signal.SIGKILL:
-        run.script.write_text(SLOWLY, encoding="utf-8")
+        run.write()
         run.finish(ONE)
         run.assert_curve(reference)
 

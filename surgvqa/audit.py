@@ -52,7 +52,7 @@ def load_and_audit(
 
     `evaluated` are the parts to be evaluated; None for the recipe's own.
     """
-    dataset = load(recipe)
+    dataset = datasets.load(recipe.data)
     evaluated = recipe.eval.parts if evaluated is None else evaluated
     found = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
     dataset = Dataset(dataset.examples, [*dataset.problems, *found])
@@ -82,9 +82,9 @@ def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) 
                 yield Problem(place, f"holds the special token {token}, which would break the conversation")
 
 
-def closed_set(recipe: Recipe, question_type: str) -> Sequence[str]:
-    """The answers that a question of a type can have: the recipe's, else the corpus's; empty if neither."""
-    return recipe.data.labels.get(question_type) or datasets.labels(recipe.data.format)
+def closed_set(recipe: Recipe, example: Example) -> Sequence[str]:
+    """The answers that a question can have: those the recipe gives for its type, else its corpus's."""
+    return recipe.data.labels.get(example.question_type) or example.labels
 
 
 def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> Iterator[Problem]:
@@ -93,17 +93,18 @@ def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> It
     An answer outside is an error where it is to be chosen: it could never be right. Elsewhere it is a
     warning, of the sets that the recipe gives.
     """
-    groups: dict[tuple[str, bool], list[Example]] = defaultdict(list)
+    groups: dict[tuple[str, bool, tuple[str, ...]], list[Example]] = defaultdict(list)
     for example in dataset.examples:
+        kind = example.question_type
         chosen = recipe.eval.answers == "labels" and example.split in evaluated
-        groups[example.question_type, chosen].append(example)
+        labels = closed_set(recipe, example) if chosen else recipe.data.labels.get(kind, ())
+        groups[kind, chosen, tuple(labels)].append(example)
     for kind, given in recipe.data.labels.items():
         counts = Counter(map(normalise, given))
         if alike := [label for label in given if counts[normalise(label)] > 1]:
             yield Problem(f"data.labels.{kind}", f"{_some(alike)} count as the same answer; keep one of each")
     without = []
-    for (kind, chosen), examples in sorted(groups.items()):
-        labels = closed_set(recipe, kind) if chosen else recipe.data.labels.get(kind, [])
+    for (kind, chosen, labels), examples in sorted(groups.items()):
         if not labels:
             without += [kind] * chosen
             continue
@@ -121,14 +122,6 @@ def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> It
             f"{'has' if len(without) == 1 else 'have'} none. List the answers of each in the recipe, as "
             f"data.labels.{without[0]}, or set eval.answers: generate",
         )
-
-
-def load(recipe: Recipe) -> Dataset:
-    """A recipe's data, split as it says."""
-    data, split = recipe.data, recipe.data.split
-    return datasets.load(
-        data.format, data.path, data.revision, by=split.by, val=split.val, test=split.test, seed=split.seed
-    )
 
 
 @dataclass(frozen=True, slots=True)

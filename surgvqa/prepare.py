@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from surgvqa import datasets, hub, letterbox, model
-from surgvqa.audit import Audit, closed_set, condensed, load, load_and_audit
+from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
 from surgvqa.processes import main_first
@@ -61,7 +61,7 @@ class Prepared:
             fill=self.recipe.image.fill,
             weights=np.array([weights[normalise(e.answers[0])] for e in examples]) if weights else None,
             per=self.recipe.loss.per,
-            labels=[closed_set(self.recipe, e.question_type) for e in examples] if chosen else None,
+            labels=[closed_set(self.recipe, e) for e in examples] if chosen else None,
         )
 
     def plan(self, questions: Questions) -> Plan:
@@ -191,7 +191,7 @@ def prepare(
     found = main_first(accelerator, examine)
     # The main process fetched the model's files; each process finds them on its own node.
     folder = hub.find(recipe.model.name, recipe.model.revision)
-    dataset = loaded[0] if loaded else load(recipe)
+    dataset = loaded[0] if loaded else datasets.load(recipe.data)
     chat = ChatTokens(folder, system=recipe.prompt.system, instructions=recipe.prompt.instructions)
     canvases = {
         key: letterbox.plan_canvas(

@@ -14,9 +14,9 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -142,19 +142,30 @@ class Split(_Section):
     """Seed of the hash."""
 
 
-class Data(_Section):
+class Source(_Section):
     format: Literal["demo", "jsonl", "csv", "parquet", "kvasir_vqa", "endovis18_vqa"]
     """How the data is laid out: see docs/datasets.md."""
     path: Place | None = None
     """File, folder or hub id; relative paths start at the working folder. Only `demo` needs none."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+
+
+class Data(Source):
+    more: list[Source] = []
+    """Further data sets to read with this one, each with `format`, `path` and `revision` of its own. Their
+    ids begin with their number and a slash: `1/`, `2/`, ..."""
     split: Split = Split()
     labels: dict[str, list[str]] = {}
     """Question type → the closed set of its answers: `eval.answers: labels` chooses among them, and other
     answers in the data are reported. A type that is not here has its corpus's own set, where there is one."""
     workers: int | None = Field(None, ge=0)
     """Processes that read images ahead, per training process; null: chosen from the cores at hand."""
+
+    @property
+    def sources(self) -> list[Source]:
+        """This data set and those that are read with it."""
+        return [self, *self.more]
 
     @field_validator("labels")
     @classmethod
@@ -400,8 +411,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
             found.append("image.size: is for mode letterbox; mode native takes image.max_tokens")
         if image.fill != "black":
             found.append("image.fill: is for mode letterbox; mode native pads nothing")
-    if data.format != "demo" and data.path is None:
-        found.append(f"data.path: missing; format {data.format} needs the place of the data")
+    for number, source in enumerate(data.sources):
+        found += _source_contradictions(source, f"data.more.{number - 1}" if number else "data")
     if data.split.val + data.split.test >= 1:
         found.append("data.split: val and test together leave nothing to train on")
     if data.split.by == "official" and data.split != Split():
@@ -416,17 +427,22 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append("model.lora: is for tune: lora, but tune is full")
     if model.revision is not None and (model.name.startswith("tiny-") or Path(model.name).is_dir()):
         found.append(f"model.revision: {model.name} is no hub id, so it has none")
-    if data.revision is not None and (data.path is None or Path(data.path).exists()):
-        found.append("data.revision: is for a hub id; the data is on this machine")
-    suffix = Path(data.path or "").suffix.lstrip(".")
-    if data.format in _TABLES and suffix in _TABLES and suffix != data.format:
-        found.append(f"data.format: is {data.format}, but data.path ends in .{suffix}")
     if recipe.eval.every and recipe.eval.keep_best and recipe.eval.split == recipe.eval.final:
         found.append(
             "eval.keep_best: would choose the checkpoint on the part that eval.final then scores it on; "
             "evaluate on another part during training, or set eval.keep_best: false"
         )
     return found
+
+
+def _source_contradictions(source: Source, where: str) -> Iterator[str]:
+    if source.format != "demo" and source.path is None:
+        yield f"{where}.path: missing; format {source.format} needs the place of the data"
+    if source.revision is not None and (source.path is None or Path(source.path).exists()):
+        yield f"{where}.revision: is for a hub id; the data is on this machine"
+    suffix = Path(source.path or "").suffix.lstrip(".")
+    if source.format in _TABLES and suffix in _TABLES and suffix != source.format:
+        yield f"{where}.format: is {source.format}, but {where}.path ends in .{suffix}"
 
 
 def _problem(detail: Mapping[str, Any]) -> str:
@@ -445,7 +461,7 @@ def _suggestion(path: tuple[str, ...]) -> str:
     """The nearest key of the same section, or the same key where it belongs."""
     section: Any = Recipe
     for part in path[:-1]:
-        section = section.model_fields[part].annotation
+        section = get_args(section)[0] if part.isdigit() else section.model_fields[part].annotation
     close = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.6)
     if close:
         return f', did you mean "{close[0]}"?'

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from sources import load
 
 from surgvqa import recipe
 from surgvqa.audit import Audit, audit, load_and_audit, report
-from surgvqa.datasets import Dataset, Example, ImageRef, Problem, load
+from surgvqa.datasets import Dataset, Example, ImageRef, Problem
 from surgvqa.recipe import Part
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
@@ -303,9 +304,9 @@ def test_special_tokens_in_a_text_are_errors(build: Builder) -> None:
 
 
 def test_real_frames() -> None:
-    source = SHARED / "real_frames.jsonl"
-    if not source.exists():
+    real = SHARED / "real_frames.jsonl"
+    if not real.exists():
         pytest.skip("no real frames here; test_sound_data covers generated ones")
-    result = check(load("jsonl", str(source), by="image"), by="image")
+    result = check(load("jsonl", real, by="image"), by="image")
     assert len(result.sizes) == 19
     assert not [problem for problem in result.problems if not problem.warning]

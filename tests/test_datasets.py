@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from sources import load, source
 
 from surgvqa import recipe
-from surgvqa.datasets import Dataset, Example, Problem, load, tables
+from surgvqa.datasets import Dataset, Example, Problem, tables
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 PIXEL = bytes.fromhex("424d1e000000000000001a0000000c000000010001000100180000ff0000")  # 1×1 BMP
@@ -45,7 +46,7 @@ def row(**fields: object) -> dict[str, object]:
 
 
 def read(file: Path) -> tuple[list[Example], list[Problem]]:
-    rows = list(tables.read(str(file), None))
+    rows = list(tables.read(source("jsonl", file)))
     return [r for r in rows if isinstance(r, Example)], [r for r in rows if isinstance(r, Problem)]
 
 
@@ -350,7 +351,8 @@ def test_readers_and_audit_import_no_torch(folder: Path) -> None:
         "import sys, datasets; datasets.config.HF_DATASETS_CACHE = sys.argv[2]\n"
         "from surgvqa.datasets import load, demo, endovis18_vqa, kvasir_vqa\n"
         "from surgvqa.audit import audit\n"
-        "found = audit(load('parquet', sys.argv[1]), mode='letterbox')\n"
+        "from surgvqa.recipe import Data\n"
+        "found = audit(load(Data(format='parquet', path=sys.argv[1])), mode='letterbox')\n"
         "assert list(found.sizes.values()) == [(1, 1)], found\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
@@ -425,8 +427,7 @@ def test_kvasir_from_parquet(tmp_path: Path) -> None:
     check_kvasir(load("kvasir_vqa", str(file), by="image"))
     official = load("kvasir_vqa", str(file))
     assert not official.examples
-    assert "6 rows of" in official.problems[-1].what
-    assert "belong to no part" in official.problems[-1].what
+    assert "6 rows belong" in official.problems[-1].what
 
 
 def test_kvasir_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +438,7 @@ def test_kvasir_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_dict(kvasir_columns()).cast_column("image", datasets.Image())
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    check_kvasir(load("kvasir_vqa", "SimulaMet-HOST/Kvasir-VQA", "main", by="image"))
+    check_kvasir(load("kvasir_vqa", "SimulaMet-HOST/Kvasir-VQA", revision="main", by="image"))
 
     def unreachable(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no route to host")
@@ -477,10 +478,10 @@ def test_kvasir_that_is_none(tmp_path: Path) -> None:
 
 
 def test_kvasir_real_questions_are_all_known(tmp_path: Path) -> None:
-    source = SHARED / "kvasir_vqa/kvasir_raw_6500_image_level_70_15_15/val.jsonl"
-    if not source.exists():
+    real = SHARED / "kvasir_vqa/kvasir_raw_6500_image_level_70_15_15/val.jsonl"
+    if not real.exists():
         pytest.skip("no real Kvasir-VQA rows here; test_kvasir_from_csv covers generated ones")
-    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows = [json.loads(line) for line in real.read_text().splitlines()]
     (tmp_path / "images").mkdir()
     with (tmp_path / "metadata.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -546,7 +547,7 @@ def test_endovis_faults(tmp_path: Path) -> None:
         assert f"frame000_QA.txt:{line}: must be `question|answer`" in errors
     assert "frame007_QA.txt: there is no frame007.png in seq_2" in errors
     assert "frame008_QA.txt: cannot be read" in errors
-    assert "3 rows of" in errors  # of seq_13, which is in no published part
+    assert "3 rows belong" in errors  # of seq_13, which is in no published part
     assert "seq_2 (2 frames, 3 files)" in warnings
     assert "seq_7 has no vqa/Classification or vqa/Sentence" in warnings
     assert "seq_9 has no vqa/Classification; vqa/Sentence is used" in warnings
@@ -564,25 +565,25 @@ def test_endovis_that_is_none(tmp_path: Path) -> None:
 
 
 def test_endovis_real_lines(tmp_path: Path) -> None:
-    source = SHARED / "endovis18_vqa/demo/frame052_QA.txt"
-    if not source.exists():
+    real = SHARED / "endovis18_vqa/demo/frame052_QA.txt"
+    if not real.exists():
         pytest.skip("no real EndoVis-18-VQA lines here; test_endovis covers generated ones")
     (tmp_path / "seq_1/left_frames").mkdir(parents=True)
     (tmp_path / "seq_1/vqa/Classification").mkdir(parents=True)
     (tmp_path / "seq_1/left_frames/frame052.png").write_bytes(
-        (source.parent / "frame052_render.png").read_bytes()
+        (real.parent / "frame052_render.png").read_bytes()
     )
-    (tmp_path / "seq_1/vqa/Classification/frame052_QA.txt").write_bytes(source.read_bytes())
+    (tmp_path / "seq_1/vqa/Classification/frame052_QA.txt").write_bytes(real.read_bytes())
     dataset = load("endovis18_vqa", str(tmp_path))
     assert [e.question_type for e in dataset.part("test")] == ["organ", "state", "location"]
     assert ["18" in p.what or "lacks" in p.what for p in dataset.problems] == [True]
 
 
 def test_real_frames() -> None:
-    source = SHARED / "real_frames.jsonl"
-    if not source.exists():
+    real = SHARED / "real_frames.jsonl"
+    if not real.exists():
         pytest.skip("no real frames here; test_every_column covers generated ones")
-    dataset = load("jsonl", str(source), by="group")
+    dataset = load("jsonl", real, by="group")
     assert (len(dataset.examples), len(dataset.problems)) == (182, 0)
     assert len({e.image_key for e in dataset.examples}) == 19
 
@@ -613,3 +614,31 @@ def test_a_key_or_column_given_twice_is_a_problem(folder: Path) -> None:
         data = load(file.suffix[1:], str(file), by="image")
         assert not data.examples
         assert [said in str(problem) for problem in data.problems] == [True]
+
+
+def test_several_data_sets_are_read_together(folder: Path) -> None:
+    jsonl(folder / "one.jsonl", row(split="train"), row(id="x", split="test"))
+    jsonl(folder / "two.jsonl", row(id="x", split="train"), row(split="val"))
+    more = [{"format": "jsonl", "path": str(folder / "two.jsonl")}]
+    dataset = load("jsonl", folder / "one.jsonl", more=more)
+    assert dataset.problems == []
+    assert [(e.id, e.split) for e in dataset.examples] == [
+        ("one:1", "train"), ("x", "test"), ("1/x", "train"), ("1/two:2", "val"),
+    ]  # fmt: skip
+    text = f"""
+model: {{name: tiny-qwen3-vl}}
+data:
+  format: jsonl
+  path: {folder / "one.jsonl"}
+  more: [{{format: csv, path: two.jsonl}}, {{format: kvasir_vqa}}, {{format: demo, pth: x}}]
+image: {{size: 96}}
+output: runs/x
+"""
+    with pytest.raises(recipe.BadInput) as unknown:
+        recipe.parse(text)
+    assert unknown.value.problems == ['recipe: data.more.2.pth: unknown key, did you mean "path"?']
+    with pytest.raises(recipe.BadInput) as wrong:
+        recipe.parse(text.replace(", pth: x", ""))
+    assert [problem.split(":")[1].strip() for problem in wrong.value.problems] == [
+        "data.more.0.format", "data.more.1.path",
+    ]  # fmt: skip

@@ -4,11 +4,10 @@
 
 Each corpus is one module here with a function
 
-    read(path: str | None, revision: str | None) -> Iterator[Example | Problem]
+    read(source: Source) -> Iterator[Example | Problem]
 
 that yields a good row as an Example and a bad one as a Problem, and raises BadInput only where nothing
-can be read at all. Nothing is dropped silently; no image is opened here. Where all answers of a corpus are
-one closed set, its module has them as the tuple LABELS.
+can be read at all. Nothing is dropped silently; no image is opened here.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgvqa.recipe import BadInput, Part
+from surgvqa.recipe import BadInput, Data, Part, Split
 
 MODULES = {
     "demo": "demo",
@@ -63,6 +62,23 @@ class ImageRef:
         return bytes(cell["bytes"])
 
 
+Box = tuple[float, float, float, float]
+"""x1, y1, x2, y2 along pixel edges of an upright image: 0 is the left edge of the first pixel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A box in one of an example's images, in source pixels, or in shares of the image's sides."""
+
+    box: Box
+    label: str = ""
+    """What is in it, where the data says so."""
+    image: int = 0
+    """Which of the example's images, from 0."""
+    relative: bool = False
+    """Whether `box` runs from 0 to 1 instead of over pixels."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One question. `answers[0]` is trained on; a prediction may match any of them."""
@@ -79,6 +95,12 @@ class Example:
     stage: int | None = None
     place: str = ""
     """File and line or row, for messages."""
+    labels: tuple[str, ...] = ()
+    """The closed set of its corpus's answers, where there is one."""
+    regions: tuple[Region, ...] = ()
+    """Boxes that are part of the answer."""
+    asked_regions: tuple[Region, ...] = ()
+    """Boxes that the question is about."""
 
     @property
     def image_key(self) -> str:
@@ -107,71 +129,60 @@ class Dataset:
         return [example for example in self.examples if example.split == part]
 
 
-def labels(format: str) -> tuple[str, ...]:
-    """The closed set of a corpus's answers; empty where it has none."""
-    found: tuple[str, ...] = getattr(_module(format), "LABELS", ())
-    return found
-
-
 def _module(format: str) -> Any:
     return importlib.import_module(f"surgvqa.datasets.{MODULES[format]}")
 
 
-def load(
-    format: str,
-    path: str | None,
-    revision: str | None = None,
-    *,
-    by: str = "official",
-    val: float = 0.15,
-    test: float = 0.15,
-    seed: int = 42,
-) -> Dataset:
-    """Read a data set and put every example in a part.
+def load(data: Data) -> Dataset:
+    """Read a recipe's data and put every example in a part.
 
     Raises BadInput where the data as a whole cannot be read; problems of rows are in the result.
     """
     examples: list[Example] = []
     problems: list[Problem] = []
     first_place: dict[str, str] = {}
-    for row in _module(format).read(path, revision):
-        if isinstance(row, Problem):
-            problems.append(row)
-        elif row.id in first_place:
-            problems.append(Problem(row.place, f"id {row.id!r} is already used at {first_place[row.id]}"))
-        else:
-            first_place[row.id] = row.place
-            examples.append(row)
-    if not examples and not problems:
-        raise BadInput(f"{path}: holds no questions")
-    if by == "official":
-        problems += _without_part(examples, path)
+    for number, source in enumerate(data.sources):
+        before = len(examples) + len(problems)
+        for row in _module(source.format).read(source):
+            if isinstance(row, Problem):
+                problems.append(row)
+                continue
+            id = f"{number}/{row.id}" if number else row.id
+            if id in first_place:
+                problems.append(Problem(row.place, f"id {id!r} is already used at {first_place[id]}"))
+            else:
+                first_place[id] = row.place
+                examples.append(replace(row, id=id) if number else row)
+        if len(examples) + len(problems) == before:
+            raise BadInput(f"{source.path}: holds no questions")
+    if data.split.by == "official":
+        problems += _without_part(examples)
         examples = [example for example in examples if example.split is not None]
     else:
-        examples = [replace(example, split=_part(example, by, val, test, seed)) for example in examples]
+        examples = [replace(example, split=_part(example, data.split)) for example in examples]
     return Dataset(examples, problems)
 
 
-def _without_part(examples: Iterable[Example], path: str | None) -> list[Problem]:
+def _without_part(examples: Iterable[Example]) -> list[Problem]:
     lost = [example for example in examples if example.split is None]
     if not lost:
         return []
     return [
         Problem(
             lost[0].place,
-            f"{len(lost)} rows of {path} belong to no part (this is the first): give them a split column "
+            f"{len(lost)} rows belong to no part (this is the first): give them a split column "
             "with train, val or test, or set data.split.by to image or group",
         )
     ]
 
 
-def _part(example: Example, by: str, val: float, test: float, seed: int) -> Part:
+def _part(example: Example, split: Split) -> Part:
     """The part of an image or group: a pure function of its name, so that adding rows moves none.
 
     The first 8 bytes of SHA-256("seed:name") as a number in [0, 1): below `test` → test, below
     `test + val` → val, else train.
     """
-    name = example.group if by == "group" and example.group else example.image_key
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    name = example.group if split.by == "group" and example.group else example.image_key
+    digest = hashlib.sha256(f"{split.seed}:{name}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
-    return "test" if position < test else "val" if position < test + val else "train"
+    return "test" if position < split.test else "val" if position < split.test + split.val else "train"

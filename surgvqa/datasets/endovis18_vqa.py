@@ -12,10 +12,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from surgvqa.datasets import Example, ImageRef, Problem
-from surgvqa.recipe import BadInput, Part
+from surgvqa.recipe import BadInput, Part, Source
 
 TRAIN = frozenset({2, 3, 4, 6, 7, 9, 10, 11, 12, 14, 15})
 TEST = frozenset({1, 5, 16})
@@ -33,14 +34,14 @@ _LAYOUT = (
 )
 
 
-def read(path: str | None, revision: str | None) -> Iterator[Example | Problem]:
-    """Questions of all sequences below the folder `path`. Raises BadInput where it holds none.
+def read(source: Source) -> Iterator[Example | Problem]:
+    """Questions of all sequences below the source's folder. Raises BadInput where it holds none.
 
     Warns where sequences are missing, where frames and question files differ in number (the training and
     the test release of the challenge both name their folders seq_1 to seq_4, so images may be of the wrong
     one), and where answers are not among the 18 of the corpus.
     """
-    root = Path(path or ".")
+    root = Path(source.path or ".")
     sequences = _sequences(root)
     warnings: list[str] = []
     uneven: list[str] = []
@@ -61,7 +62,7 @@ def read(path: str | None, revision: str | None) -> Iterator[Example | Problem]:
             uneven.append(f"seq_{number} ({len(frames)} frames, {len(files)} files)")
         for file in files:
             for row in _rows(file, number, frames):
-                yield row
+                yield replace(row, labels=LABELS) if closed and isinstance(row, Example) else row
                 if closed and isinstance(row, Example) and row.answers[0] not in LABELS:
                     unknown[row.answers[0]] += 1
     if missing := sorted((TRAIN | TEST) - sequences.keys()):

@@ -15,7 +15,7 @@ from typing import Any
 
 from surgvqa.datasets import Example, ImageRef, Problem
 from surgvqa.datasets.tables import Images, as_text, csv_rows, encoded, open_parquet
-from surgvqa.recipe import BadInput
+from surgvqa.recipe import BadInput, Source
 
 _COLUMNS = ("question", "answer", "img_id")
 
@@ -51,18 +51,19 @@ class _Row:
     answer: str
 
 
-def read(path: str | None, revision: str | None) -> Iterator[Example | Problem]:
+def read(source: Source) -> Iterator[Example | Problem]:
     """Every row as an example whose references are all answers given to that question on that image.
 
-    `path` is a hub id, a Parquet file, a folder with Parquet files, or one with metadata.csv and the
+    The source is a hub id, a Parquet file, a folder with Parquet files, or one with metadata.csv and the
     images as `images/<img_id>.jpg` or `<img_id>.jpg`. The corpus's rows without a question
     or answer are left out with one warning. Raises BadInput where there is nothing of the kind.
     """
+    path = source.path
     place = path or "Kvasir-VQA"
     if path and (Path(path) / "metadata.csv").is_file():
         rows, image_of = _from_csv(Path(path))
     else:
-        rows, image_of = _from_table(place, _open(place, revision))
+        rows, image_of = _from_table(place, _open(place, source.revision))
 
     kept: list[_Row] = []
     junk: list[_Row] = []

@@ -19,7 +19,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from surgvqa.datasets import Example, ImageRef, Problem
-from surgvqa.recipe import BadInput, Part
+from surgvqa.recipe import BadInput, Part, Source
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
@@ -39,12 +39,12 @@ class Row:
     fields: dict[str, Any]
 
 
-def read(path: str | None, revision: str | None) -> Iterator[Example | Problem]:
+def read(source: Source) -> Iterator[Example | Problem]:
     """Rows of a .jsonl, .csv or .parquet file, or of the train, val and test files of a folder.
 
     Raises BadInput where there is no such file.
     """
-    for file in _files(Path(path or ".")):
+    for file in _files(Path(source.path or ".")):
         yield from _examples(file)
 
 

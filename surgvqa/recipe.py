@@ -149,12 +149,14 @@ class Source(_Section):
     """File, folder or hub id; relative paths start at the working folder. Only `demo` needs none."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    roots: list[Place] = []
+    """Further folders in which images may be; without any they must be inside the data's own folder."""
 
 
 class Data(Source):
     more: list[Source] = []
-    """Further data sets to read with this one, each with `format`, `path` and `revision` of its own. Their
-    ids begin with their number and a slash: `1/`, `2/`, ..."""
+    """Further data sets to read with this one, each with the keys above of its own. Their questions and
+    images get their number in front, `1/`, `2/`, ...; a group of the same name in two is the same."""
     split: Split = Split()
     labels: dict[str, list[str]] = {}
     """Question type → the closed set of its answers: `eval.answers: labels` chooses among them, and other

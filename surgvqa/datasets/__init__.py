@@ -147,12 +147,13 @@ def load(data: Data) -> Dataset:
             if isinstance(row, Problem):
                 problems.append(row)
                 continue
-            id = f"{number}/{row.id}" if number else row.id
-            if id in first_place:
-                problems.append(Problem(row.place, f"id {id!r} is already used at {first_place[id]}"))
+            example = _numbered(row, number) if number else row
+            if example.id in first_place:
+                where = first_place[example.id]
+                problems.append(Problem(example.place, f"id {example.id!r} is already used at {where}"))
             else:
-                first_place[id] = row.place
-                examples.append(replace(row, id=id) if number else row)
+                first_place[example.id] = example.place
+                examples.append(example)
         if len(examples) + len(problems) == before:
             raise BadInput(f"{source.path}: holds no questions")
     if data.split.by == "official":
@@ -161,6 +162,16 @@ def load(data: Data) -> Dataset:
     else:
         examples = [replace(example, split=_part(example, data.split)) for example in examples]
     return Dataset(examples, problems)
+
+
+def _numbered(example: Example, number: int) -> Example:
+    """An example of a further data set, whose ids and images may have the names of others there.
+
+    Groups keep their names: a video is the same in all data sets.
+    """
+    images = tuple(replace(image, key=f"{number}/{image.key}") for image in example.images)
+    renamed = replace(example, id=f"{number}/{example.id}", images=images)
+    return replace(renamed, group=renamed.image_key) if example.group == example.image_key else renamed
 
 
 def _without_part(examples: Iterable[Example]) -> list[Problem]:

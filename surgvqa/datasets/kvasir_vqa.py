@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def read(source: Source) -> Iterator[Example | Problem]:
     path = source.path
     place = path or "Kvasir-VQA"
     if path and (Path(path) / "metadata.csv").is_file():
-        rows, image_of = _from_csv(Path(path))
+        rows, image_of = _from_csv(Path(path), source.roots)
     else:
         rows, image_of = _from_table(place, _open(place, source.revision))
 
@@ -152,8 +152,10 @@ def _from_table(path: str, table: Any) -> tuple[Iterator[_Row | Problem], Callab
     return rows, image_of
 
 
-def _from_csv(folder: Path) -> tuple[Iterator[_Row | Problem], Callable[[str], ImageRef]]:
-    images = Images(folder)
+def _from_csv(
+    folder: Path, roots: Sequence[str]
+) -> tuple[Iterator[_Row | Problem], Callable[[str], ImageRef]]:
+    images = Images(folder, roots)
     below = "images/" if (folder / "images").is_dir() else ""
 
     def image_of(name: str) -> ImageRef:

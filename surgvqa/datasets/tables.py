@@ -45,7 +45,7 @@ def read(source: Source) -> Iterator[Example | Problem]:
     Raises BadInput where there is no such file.
     """
     for file in _files(Path(source.path or ".")):
-        yield from _examples(file)
+        yield from _examples(file, source)
 
 
 def _files(path: Path) -> list[Path]:
@@ -76,13 +76,13 @@ def _part_of(file: Path) -> Part | None:
     return PARTS[match[1]] if match else None
 
 
-def _examples(file: Path) -> Iterator[Example | Problem]:
+def _examples(file: Path, source: Source) -> Iterator[Example | Problem]:
     rows: Callable[[Path], Iterator[Row | Problem]] = {
         ".jsonl": _jsonl_rows,
         ".csv": csv_rows,
         ".parquet": _parquet_rows,
     }[file.suffix.lower()]
-    images = Images(file.parent)
+    images = Images(file.parent, source.roots)
     for row in rows(file):
         if isinstance(row, Problem):
             yield row
@@ -215,16 +215,19 @@ def _kind(value: object) -> str:
 
 
 class Images:
-    """The images that a table in `folder` may name. Each is looked up once, and none is opened."""
+    """The images that the rows of a data set may name. Each is looked up once, and none is opened."""
 
-    def __init__(self, folder: Path) -> None:
-        self._root = folder.resolve()
+    def __init__(self, folder: Path, roots: Sequence[str] = ()) -> None:
+        """`folder` is the data's own; `roots` are those that the recipe's `data.roots` allows beside it."""
+        self._roots = [folder.resolve(), *(Path(root).resolve() for root in roots)]
         self._known: dict[str, ImageRef | str] = {}
+        self._named: dict[str, Path] = {}
 
     def locate(self, name: str) -> ImageRef:
-        """The regular file `name`, relative to the folder and really inside it; its key is its path in there.
+        """The regular file `name`, really inside one of the folders; its key is its path in there.
 
-        Raises ValueError with what is wrong, to be put after the name.
+        A relative name is looked for in one folder after the other; the keys of those in `roots` begin with
+        that folder's name. Raises ValueError with what is wrong, to be put after the name.
         """
         if name not in self._known:
             try:
@@ -239,23 +242,38 @@ class Images:
     def _find(self, name: str) -> ImageRef:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", name):
             raise ValueError("is an address; download the image and give its path")
-        if name.startswith("/") or PureWindowsPath(name).is_absolute():
-            raise ValueError(f"is an absolute path; give it relative to {self._root}")
-        if ".." in PureWindowsPath(name).parts:  # takes both / and \\ as separators
-            raise ValueError(f"leads out of {self._root}; images must be inside the table's folder")
-        try:
-            file = (self._root / name).resolve()
-            mode = file.stat().st_mode
-        except FileNotFoundError:
+        if PureWindowsPath(name).is_absolute() and not name.startswith("/"):
+            raise ValueError(f"is an absolute path of Windows; give it relative to {self._roots[0]}")
+        outside = None
+        for root in self._roots:
+            try:
+                file = (root / name).resolve()
+                home = next((root for root in self._roots if file.is_relative_to(root)), None)
+                if home is None:
+                    outside = file
+                    continue
+                mode = file.stat().st_mode
+                break
+            except FileNotFoundError:
+                continue
+            except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+                raise ValueError(
+                    f"cannot be looked up: {getattr(error, 'strerror', None) or error}"
+                ) from None
+        else:
+            if outside:
+                raise ValueError(
+                    f"leads out of {self._roots[0]}, to {outside}; list a folder around it in data.roots if "
+                    "that is meant"
+                )
             hint = " (write / instead of \\)" if "\\" in name else ""
-            raise ValueError(f"does not exist in {self._root}{hint}") from None
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-            raise ValueError(f"cannot be looked up: {getattr(error, 'strerror', None) or error}") from None
-        if not file.is_relative_to(self._root):
-            raise ValueError(f"is a link out of {self._root}; images must be inside the table's folder")
+            raise ValueError(f"does not exist in {' or '.join(map(str, self._roots))}{hint}")
         if not stat.S_ISREG(mode):
             raise ValueError("is not a file" if not stat.S_ISDIR(mode) else "is a folder, not a file")
-        return ImageRef(file.relative_to(self._root).as_posix(), path=file)
+        key = file.relative_to(home if home == self._roots[0] else home.parent).as_posix()
+        if (other := self._named.setdefault(key, file)) != file:
+            raise ValueError(f"is {file}, which cannot be told from {other}; rename one of their folders")
+        return ImageRef(key, path=file)
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row | Problem]:

@@ -45,7 +45,7 @@ def test_killed_at_any_moment(hurt: Make, reference: Path) -> None:
         (TWO, "rank 1", signal.SIGUSR1),
         (TWO, "all", signal.SIGTERM),
         (TWO, "launcher", signal.SIGTERM),
-        (TWO, "launcher", signal.SIGUSR1),
+        pytest.param(TWO, "launcher", signal.SIGUSR1, marks=pytest.mark.long),
     ],
     ids=["alone, Ctrl-C", "one rank, USR1", "all, TERM", "launcher, TERM", "launcher, USR1"],
 )

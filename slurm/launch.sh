@@ -1,8 +1,11 @@
 # What the batch scripts share; they read this file in the repository's root. `launch MODULE ARGUMENT...` runs one
 # launcher per node, with a process for every GPU that SLURM granted, and leaves srun's exit code in `code`.
 
+# What modules and environments run may use variables that are not set, and commands that fail.
+set +eu
 source slurm/site.sh
 if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
+set -eu
 
 # An array's jobs differ by the number that stands for %a.
 job=$SLURM_JOB_ID

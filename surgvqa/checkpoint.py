@@ -192,7 +192,8 @@ def room(run: Path, size: int, *, keep: int, saves: int) -> None:
         raise StorageFailure(
             f"output: {run}: a checkpoint takes about {_mib(size)}, and up to {most} lie there at a time "
             f"(checkpoint.keep, the best, one being written). That is {_mib(needed)} more than is there now, "
-            f"and {_mib(free)} are free; make room, choose another output, or lower checkpoint.keep"
+            f"and {_mib(free)} are free; make room or choose another output"
+            + (", or lower checkpoint.keep" if keep > 3 else "")
         )
 
 

@@ -62,7 +62,9 @@ def train(argv: Sequence[str]) -> int:
         from surgvqa.terminal import Console
 
         try:
-            replay(recipe.load(rest[0] if rest else "", rest[1:]), given.replay, Console())
+            if not rest:
+                raise BadInput("surgvqa train: give a recipe, e.g. recipes/demo.yaml")
+            replay(recipe.load(rest[0], rest[1:]), given.replay, Console())
         except BadInput as error:
             return recipe.explain(error)
         return 0

@@ -13,6 +13,7 @@ writes its code to `ended.json` in the run's folder, and to the file that SURGVQ
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -107,7 +108,7 @@ class Stop:
         if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.reason = "train.max_hours is over"
         if self.reason is None and self.file is not None and os.access(self.file, os.F_OK):
-            self.reason = f"asked by {self.file}"
+            self.reason = f"asked by {self.file}, which the next start must not find"
         return self.reason is not None
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
@@ -115,6 +116,10 @@ class Stop:
             _print_nowhere()
         if self.reason is None:
             self.reason, self.since = signal.Signals(number).name, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                # Not `print`, which the signal may have come in the middle of.
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{self.reason}: stopping and saving; the same again ends it now\n".encode())
         elif time.monotonic() - self.since > self.SAME:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -153,9 +158,12 @@ def _tell_of_parents_death() -> None:
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
-def leave_code(code: int) -> int:
-    """Write the main process's exit code where a batch script asked for it; returns it."""
+def leave_code(code: int, rank: int = 0) -> int:
+    """Write an exit code where a batch script asked for it; returns it.
+
+    It is the main process's, or that of another `rank` which speaks for one that cannot.
+    """
     file = os.environ.get("SURGVQA_EXIT_FILE")
-    if file and os.environ.get("RANK", "0") == "0":
+    if file and os.environ.get("RANK", "0") == str(rank):
         Path(file).write_text(f"{code}\n", encoding="ascii")
     return code

@@ -30,8 +30,8 @@ from surgvqa.tree import Pack, Questions, packs, workers_watched
 
 log = logging.getLogger("surgvqa")
 
-_TREES_AT_ONCE = 64
-"""Trees per process that are shared out together; bounds the time that takes."""
+_TREES_AT_ONCE = 16
+"""Trees per process that are shared out together; then the processes ask each other whether to stop."""
 
 Probabilities = dict[str, float] | None
 """Label → probability among the labels; None where the model wrote its answer."""
@@ -69,7 +69,9 @@ def predict(
         nonlocal chunks_done
         while chunks_done < chunk:
             chunks_done += 1
-            if stop is not None and processes.anywhere(accelerator, bool(stop)):
+            if stop is None or chunks_done == len(starts):  # with all answers there, they count
+                continue
+            if processes.anywhere(accelerator, bool(stop)):
                 network.train(was_training)
                 raise Preempted("stopped while answering questions; the same command begins them again")
 

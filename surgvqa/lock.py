@@ -20,12 +20,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-from surgvqa.endings import leave_code
+from surgvqa.endings import ENDED, leave_code
 from surgvqa.recipe import BadInput
 
 log = logging.getLogger("surgvqa")
 
-NAME = ".lock"
+NAME, METRICS = ".lock", "metrics.jsonl"
 TOUCHED_EVERY = 10.0
 """Seconds between two signs of life."""
 WATCHED_FOR = 35.0
@@ -72,9 +72,9 @@ class Lock:
     def _taken(self) -> bool:
         """Whether this process could make the lock its own."""
         own = self.file.with_name(f"{NAME}.{uuid.uuid4().hex}")
-        with own.open("x", encoding="utf-8") as file:  # a new file: a link of that name is not followed
-            file.write(json.dumps(self.owner))
         try:
+            with own.open("x", encoding="utf-8") as file:  # a new file: a link of that name is not followed
+                file.write(json.dumps(self.owner))
             with contextlib.suppress(FileExistsError):  # which NFS may also say of a link that it has made
                 os.link(own, self.file)
         finally:
@@ -104,6 +104,12 @@ class Lock:
                     os._exit(leave_code(BadInput.exit_code))
                 elif self._taken():
                     log.warning("warning: %s was removed by somebody; this run took it again", self.file)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was here: it leaves how it ended or, where the disk was full, its metrics."""
+    names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
+    return any(name in (ENDED, METRICS) or name.startswith(NAME) for name in names)
 
 
 def owner(folder: Path) -> dict[str, Any] | None:

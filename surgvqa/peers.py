@@ -30,11 +30,11 @@ SUSPECT = 5.0
 
 
 class Peers:
-    """The other processes, watched until `leave`."""
+    """The other processes, watched for as long as this is entered."""
 
     def __init__(self, accelerator: Accelerator, patience: float, run: Path) -> None:
         """`patience`: seconds of silence after which a process is lost, and this one ends with the code for
-        it, whatever its main thread waits for; the main process writes that into the folder `run`."""
+        it, whatever its main thread waits for; one of them writes that into the folder `run`."""
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.patience, self.run, self.step = patience, run, 0
         self._ended = threading.Event()
@@ -75,8 +75,9 @@ class Peers:
     def _explain(self, error: Exception) -> None:
         until = time.monotonic() + 2 * SUSPECT
         while self._thread is not None and time.monotonic() < until:
-            if message := self._silent(SUSPECT):
-                raise PeerLost(message) from error
+            if lost := self._silent(SUSPECT):
+                self._leave(*lost)
+                raise PeerLost(lost[1]) from error
             time.sleep(EVERY / 4)
 
     def _watch(self) -> None:
@@ -87,11 +88,16 @@ class Peers:
                 # on, as after Ctrl-Z, the others' signs come a moment later.
                 time.sleep(SUSPECT)
                 self._exchange()
-                if not self._ended.is_set() and (message := self._silent(self.patience)):
-                    log.error("%s", message)
-                    if self.rank == 0:
-                        end(self.run, PEER_LOST, message)
-                    os._exit(leave_code(PEER_LOST))
+                if not self._ended.is_set() and (lost := self._silent(self.patience)):
+                    log.error("%s", lost[1])
+                    self._leave(*lost)
+                    os._exit(PEER_LOST)
+
+    def _leave(self, lost: int, message: str) -> None:
+        """Write how the run ended: the main process does, or where it is the lost one the next."""
+        if self.rank == (1 if lost == 0 else 0):
+            end(self.run, PEER_LOST, message)
+            leave_code(PEER_LOST, rank=self.rank)
 
     def _exchange(self) -> None:
         try:
@@ -112,15 +118,15 @@ class Peers:
             if sign != known:
                 self._seen[rank] = (sign, now)
 
-    def _silent(self, seconds: float) -> str | None:
-        """What to say of the process that has been silent for longest, if for so long."""
+    def _silent(self, seconds: float) -> tuple[int, str] | None:
+        """The process that has been silent for longest, if for so long, and what to say of it."""
         if not self._seen:
             return None
         rank, (sign, heard) = min(self._seen.items(), key=lambda item: item[1][1])
         if time.monotonic() - heard < seconds:
             return None
         _, step, host, pid = sign.split() if sign else ("", "0", "an unknown machine", "?")
-        return (
+        return rank, (
             f"process {rank} (pid {pid} on {host}) is gone or stuck; the last step it finished was {step}. "
             "What it said itself tells more. The same command goes on from the last checkpoint"
         )

@@ -11,18 +11,20 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from surgvqa import checkpoint, model, processes
+from surgvqa import checkpoint, memory, model, processes
 from surgvqa.loss import TreeLoss
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Recipe
+from surgvqa.run import differences
 from surgvqa.terminal import Console
 
 
 def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]:
     """Loss and gradient norm of 1-based `step`, on one process, with the last checkpoint before it.
 
-    Prints them, and each question's nats without dropout, the largest first. Raises BadInput where the run
-    has no checkpoint before the step, or no such step.
+    Prints them, and each question's nats without dropout, the largest first. Dropout is that of a run on one
+    process. Raises BadInput where the run has no checkpoint before the step, no such step, or was trained
+    with another recipe or other data.
     """
     accelerator = processes.start(settings.model.name)
     device = accelerator.device
@@ -35,8 +37,22 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     if not 1 <= step <= total:
         raise BadInput(f"--replay {step}: the run's steps are 1 to {total}")
     folder = _before(Path(settings.output) / "checkpoints", step)
+    if folder and (changes := differences(folder, settings, prepared.fingerprint())):
+        raise BadInput(
+            [f"--replay {step}: {folder} was trained otherwise:", *(f"  {change}" for change in changes)]
+        )
     network = prepared.network(folder).to(device).train()
     loss_of = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
+    fitting = memory.fit(
+        loss_of,
+        questions,
+        plan,
+        range(step - 1, step),
+        tokens=settings.batch.tokens_per_micro_batch,
+        layers=settings.train.checkpoint_layers,
+        accelerator=accelerator,
+    )
+    plan.tokens_per_micro_batch = fitting.tokens_per_micro_batch
     trees = plan.step(step - 1)
     asked = [question for tree in trees for question in tree]
     weight = float(questions.total_weights[asked].sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -21,14 +22,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from surgvqa import checkpoint, endings, lock
 from surgvqa.endings import ENDED
-from surgvqa.lock import Lock
+from surgvqa.lock import METRICS, Lock
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Log, Recipe
 from surgvqa.terminal import Console
 
 log = logging.getLogger("surgvqa")
 
-METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints.jsonl"
+EVALUATIONS, CHECKPOINTS = "eval.jsonl", "checkpoints.jsonl"
 TRACE, UNUSUAL = "trace.jsonl", "unusual.jsonl"
 RECORDS = (METRICS, EVALUATIONS, CHECKPOINTS, TRACE, UNUSUAL)
 """Files with a line per step, evaluation or checkpoint."""
@@ -46,7 +47,10 @@ HARMLESS = (
 """Keys, or sections, that may differ between the runs of one experiment: they do not change what is
 learned. The training data itself is compared by its digest."""
 
-INHERENT = ("model.tune", "model.train_vision", "model.train_merger", "model.lora")
+INHERENT = (
+    "model.tune", "model.train_vision", "model.train_merger", "model.lora.rank", "model.lora.alpha",
+    "model.lora.modules",
+)  # fmt: skip
 """Keys, or sections, that say which weights a checkpoint holds: no other value goes on from it."""
 
 
@@ -66,6 +70,8 @@ class Resume:
     """The gradient norms of the last RECENT steps that had a finite one."""
     fitted: list[Any]
     """batch.tokens_per_micro_batch, processes, their device, and the tokens that a micro-batch then had."""
+    changes: list[str]
+    """In what the run goes on otherwise than it was."""
 
 
 class _State(BaseModel):
@@ -82,34 +88,39 @@ class _State(BaseModel):
 def claim(run: Path) -> Lock:
     """Make the folder this run's own, and clear away what a killed run was still writing.
 
-    Raises BadInput where it cannot be written, belongs to a run that is going on, or is not a run's folder.
+    Raises BadInput where it cannot be written, belongs to a run that is going on, or is not a run's folder,
+    and StorageFailure where the disk is full.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        if problems := _foreign(run):
-            raise BadInput(problems)
-        lock = Lock(run)
-        (run / ENDED).unlink(missing_ok=True)
-        (run / "checkpoints").mkdir(exist_ok=True)
-        checkpoint.remove_leftovers(run / "checkpoints")
-    except (FileExistsError, NotADirectoryError) as error:
-        raise BadInput(
-            f"output: {error.filename}: a file is where a folder must be ({error.strerror}); choose another "
-            "output, or move the file away"
-        ) from None
-    except OSError as error:
-        raise BadInput(
-            f"output: {run} cannot be written ({error.filename}: {error.strerror}); choose an output that "
-            "can, or have this one made writable"
-        ) from None
+    with contextlib.ExitStack() as held:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            if problems := _foreign(run):
+                raise BadInput(problems)
+            lock = Lock(run)
+            held.callback(lock.release)
+            (run / "checkpoints").mkdir(exist_ok=True)
+            checkpoint.remove_leftovers(run / "checkpoints")
+            (run / ENDED).unlink(missing_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise BadInput(
+                f"output: {error.filename}: a file is where a folder must be ({error.strerror}); choose "
+                "another output, or move the file away"
+            ) from None
+        except OSError as error:
+            if endings.is_storage(error) and error.errno != errno.EROFS:
+                raise endings.StorageFailure(f"output: {run}: {error.strerror}; make room") from None
+            raise BadInput(
+                f"output: {error.filename or run} cannot be written ({error.strerror}); choose an output "
+                "that can, or have this one made writable"
+            ) from None
+        held.pop_all()
     return lock
 
 
 def _foreign(run: Path) -> list[str]:
     """Why a run must not write into a folder: it holds other things, or what leads out of it."""
     names = sorted(entry.name for entry in run.iterdir())
-    own = any(name == ENDED or name.startswith(lock.NAME) for name in names)
-    if names and not own and not checkpoint.steps(run / "checkpoints"):
+    if names and not lock.is_run(run) and not checkpoint.steps(run / "checkpoints"):
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         return [
             f"output: {run} holds other things ({shown}) and no run; choose a folder of its own, which is "
@@ -188,8 +199,7 @@ def clear(run: Path) -> None:
 def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: bool = False) -> Resume | None:
     """The newest checkpoint that is whole. Raises BadInput where it is another experiment's.
 
-    With `accept_changes` it goes on all the same, unless other weights would train, and the differences are
-    written to changes.jsonl.
+    With `accept_changes` it goes on all the same, unless other weights would train.
     """
     root = run / "checkpoints"
     folder, rejected = checkpoint.newest(root)
@@ -200,18 +210,10 @@ def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: boo
             raise BadInput([*rejected, f"{run}: no checkpoint is whole; train anew with --fresh --yes"])
         return None
     state = _state(folder)
-    differences = [
-        difference
-        for difference in checkpoint.recipe_of(folder).differences(settings)
-        if not _among(HARMLESS, difference.partition(":")[0])
-    ]
-    inherent = any(_among(INHERENT, difference.partition(":")[0]) for difference in differences)
-    if state.data != fingerprint:
-        differences.append(
-            "the training data: its questions, answers, order or images are not what they were"
-        )
+    changes = differences(folder, settings, fingerprint)
+    inherent = any(_among(INHERENT, change.partition(":")[0]) for change in changes)
     step = state.step
-    if inherent or (differences and not accept_changes):
+    if inherent or (changes and not accept_changes):
         if inherent:
             cures = (
                 "or start over with --fresh --yes; its weights are others, so --accept-changes does not help:"
@@ -222,11 +224,7 @@ def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: boo
                 "--accept-changes:"
             )
         cure = f"{folder} was trained otherwise; choose another output, {cures}"
-        raise BadInput([cure, *(f"  {difference}" for difference in differences)])
-    if differences:
-        with (run / CHANGES).open("a", encoding="utf-8") as file:
-            _append(file, {"after_step": step, "changes": differences})
-        log.warning("warning: going on after step %d with changes: %s", step, "; ".join(differences))
+        raise BadInput([cure, *(f"  {change}" for change in changes)])
     top = checkpoint.best(root, up_to=step)
     rows = _whole(run / METRICS, up_to=step)
     norms = [row["grad_norm"] for row in map(json.loads, rows) if row.get("grad_norm") is not None]
@@ -238,7 +236,30 @@ def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: boo
         state.settled,
         norms[-RECENT:],
         state.fitted,
+        changes,
     )
+
+
+def differences(folder: Path, settings: Recipe, fingerprint: str) -> list[str]:
+    """What a checkpoint was trained with and a recipe and the digest of its data do not say."""
+    found = [
+        difference
+        for difference in checkpoint.recipe_of(folder).differences(settings)
+        if not _among(HARMLESS, difference.partition(":")[0])
+    ]
+    if _state(folder).data != fingerprint:
+        found.append("the training data: its questions, answers, order or images are not what they were")
+    return found
+
+
+def record_changes(run: Path, resume: Resume) -> None:
+    """Write what the run goes on with into changes.jsonl, where that is not what it was."""
+    if resume.changes:
+        with (run / CHANGES).open("a", encoding="utf-8") as file:
+            _append(file, {"after_step": resume.step, "changes": resume.changes})
+        log.warning(
+            "warning: going on after step %d with changes: %s", resume.step, "; ".join(resume.changes)
+        )
 
 
 def _state(folder: Path) -> _State:

@@ -247,13 +247,9 @@ def saved(run: Path) -> int:
 
 def _runs(folder: Path) -> list[Path]:
     """The folder itself where it is a run, else the runs directly in it."""
-    if _is_run(folder):
+    if lock.is_run(folder):
         return [folder]
-    return sorted(child for child in folder.iterdir() if _is_run(child)) if folder.is_dir() else []
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("metrics.jsonl", ENDED, lock.NAME))
+    return sorted(filter(lock.is_run, folder.iterdir())) if folder.is_dir() else []
 
 
 def _queue() -> dict[str, Queued]:

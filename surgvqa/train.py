@@ -36,7 +36,7 @@ from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Recipe
-from surgvqa.run import RECENT, Records, Resume, clear, owned, resumable
+from surgvqa.run import RECENT, Records, Resume, clear, owned, record_changes, resumable
 from surgvqa.terminal import Console
 from surgvqa.tree import packs, workers_watched
 
@@ -147,6 +147,8 @@ def _train(
                 f"{resume.folder}: its optimizer is that of another model; {error} is missing"
             ) from None
     if main:
+        if resume:
+            record_changes(run, resume)
         checkpoint.write_text(run / "recipe.yaml", settings.dump())
     for line in banner(prepared, questions, plan, network, accelerator, compute, fitting, total, start):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -285,7 +287,8 @@ def _train(
                 main_first(accelerator, lambda: save(step, None, settled=False))
             main_first(accelerator, writer.wait)
             why = f" ({stop.reason})" if stop.reason else ""
-            raise Preempted(f"stopped after step {step}{why}; the same command goes on") from None
+            how = ", without --fresh," if fresh else ""
+            raise Preempted(f"stopped after step {step}{why}; the same command{how} goes on") from None
         main_first(accelerator, writer.wait)
 
     if final and settings.eval.final:

@@ -123,6 +123,7 @@ def test_options_learn_the_same(results: Path) -> None:
     assert rows[1]["default_times_as_fast"]["median"] > 0
 
 
+@pytest.mark.long
 def test_grouping_gives_the_same_questions_or_the_same_time(tmp_path: Path) -> None:
     """On a few questions of the demo's."""
     recipe = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from surgvqa.recipe import BadInput
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The command that would have replaced this process, and its environment's words on ending."""
     command: list[str] = []
 
@@ -26,7 +27,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         command.extend(f"{name}={value}" for name, value in sorted(ending.items()))
 
     monkeypatch.setattr(os, "execve", replace)
-    return command
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    yield command
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

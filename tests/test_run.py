@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from surgvqa.recipe import Log
-from surgvqa.run import Records
+from surgvqa.endings import StorageFailure
+from surgvqa.recipe import BadInput, Log
+from surgvqa.run import Records, claim
 
 
 def reopened(run: Path, start: int, settled: bool = True) -> None:
@@ -36,3 +39,32 @@ def test_an_evaluation_that_will_be_made_again_is_forgotten(tmp_path: Path, sett
     reopened(tmp_path, 4, settled)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n{"step": 4}\n'
     assert (tmp_path / "eval.jsonl").read_text() == '{"step": 2}\n' + '{"step": 4}\n' * settled
+
+
+def test_a_full_disk_may_leave_nothing_but_metrics(tmp_path: Path) -> None:
+    """Neither how it ended nor a checkpoint could be written: the same command goes on all the same."""
+    for name in (".ended.json.tmp", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path).release()
+
+
+def test_a_folder_that_cannot_be_claimed_stays_as_it_was(tmp_path: Path) -> None:
+    for name in ("ended.json", "checkpoints"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(BadInput, match="a file is where a folder must be"):
+        claim(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoints", "ended.json"]
+
+
+def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The space is gone as the lock is written: the code is that of the disk, and nothing is left behind."""
+    (tmp_path / "ended.json").write_text("{}")
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("surgvqa.lock.json.dumps", full)
+    with pytest.raises(StorageFailure, match="No space left on device; make room"):
+        claim(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["ended.json"]

@@ -15,9 +15,9 @@ import os
 import pickle
 import re
 import shutil
-import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from surgvqa import checkpoint, cli, hub, model, recipe, slurm
+from surgvqa import checkpoint, cli, hub, lock, model, recipe, slurm
 from surgvqa.audit import load_and_audit
 from surgvqa.lock import Lock
 from surgvqa.recipe import BadInput
@@ -466,20 +466,26 @@ def test_starting_over_deletes_only_what_a_run_writes(place: Place) -> None:
     assert left == {"checkpoints/mine/weights", "tensorboard/notes", "profile/notes", "notes"}
 
 
-def test_links_in_the_place_of_temporary_files_are_not_followed(place: Place) -> None:
+def test_links_in_the_place_of_temporary_files_are_not_followed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     victim = place.folder / "victim"
     victim.write_text("mine")
     (place.run / ".scores.json.tmp").symlink_to(victim)
     checkpoint.write_text(place.run / "scores.json", "{}")
-    (place.run / f".lock.{socket.gethostname()}.{os.getpid()}").symlink_to(victim)
+    names = uuid.UUID(int=1), uuid.UUID(int=2)
+    (place.run / f".lock.{names[0].hex}").symlink_to(victim)
+    monkeypatch.setattr("surgvqa.lock.uuid.uuid4", iter(names).__next__)
+    with pytest.raises(FileExistsError):
+        Lock(place.run)
     Lock(place.run).release()
     assert victim.read_text() == "mine"
     assert (place.run / "scores.json").read_text() == "{}"
 
 
 LOCKS = [
-    "[]", '{"host": 3}', '{"host": HOST, "pid": "a\\u0000b", "started": "x"}',
-    '{"host": HOST, "pid": 1e999, "started": [1]}', "[" * 100_000,
+    "[]", '{"host": 3}', '{"place": PLACE, "pid": "a\\u0000b", "started": "x"}',
+    '{"place": PLACE, "pid": 1e999, "started": [1]}', "[" * 100_000,
 ]  # fmt: skip
 
 
@@ -488,7 +494,7 @@ def test_a_lock_of_nonsense_is_taken_over(
     place: Place, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("surgvqa.lock.WATCHED_FOR", 0.1)
-    (place.run / ".lock").write_text(content.replace("HOST", json.dumps(socket.gethostname())))
+    (place.run / ".lock").write_text(content.replace("PLACE", json.dumps(lock._place())))
     claim(place.run).release()
 
 
@@ -502,10 +508,10 @@ def test_status_of_a_hostile_run(place: Place) -> None:
         '{"step": 1e308, "epoch": 1e-308, "seconds": 1e308}\n{"step": 3, "epoch": 1e-308, "seconds": 1e14}\n'
     )
     (run / "metrics.jsonl").write_text(rows)
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    began = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": f"{boot} {began}", "job": ESCAPE}
+    pid = os.getpid()
+    owner = {"host": "x", "pid": pid, "place": lock._place(), "started": lock._started(pid), "job": ESCAPE}
     (run / ".lock").write_text(json.dumps(owner))
+    os.utime(run / ".lock", (1, 1))  # its age does not make it seem alive
     (run / "recipe.yaml").write_text(f"a: {'9' * 5000}")
     done = place.start("status", "run")
     assert done.returncode == 0

@@ -188,7 +188,7 @@ def test_a_run_stops_where_a_file_asks_for_it(tmp_path: Path, monkeypatch: pytes
         assert not stop
         file.touch()
         assert stop
-        assert stop.reason == f"asked by {file}"
+        assert stop.reason == f"asked by {file}, which the next start must not find"
 
 
 def test_a_signal_that_comes_when_the_run_has_ended_does_no_harm(

@@ -100,7 +100,7 @@ def tiny(chat: ChatTokens, sdpa: bool = False) -> Any:
         # Fresh weights are so small that attention hardly matters: make it matter.
         for parameter in network.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(3)
+                parameter.mul_(2)
     if sdpa:
         network.config.text_config._attn_implementation = "sdpa"
     return network

@@ -156,13 +156,21 @@ def reference(runs: Runs) -> Path:
     return undisturbed.folder
 
 
+@pytest.fixture(scope="session")
+def reference_of_two(runs: Runs) -> Path:
+    """The same on two processes, whose sums are rounded otherwise."""
+    undisturbed = Hurt(runs, "undisturbed-two")
+    undisturbed.finish(TWO)
+    return undisturbed.folder
+
+
 @pytest.fixture
-def hurt(runs: Runs, request: pytest.FixtureRequest) -> Iterator[Callable[[str], Hurt]]:
+def hurt(runs: Runs, request: pytest.FixtureRequest) -> Iterator[Callable[..., Hurt]]:
     """Makes runs to hurt, and ends what is left of them."""
     made: list[Hurt] = []
 
-    def make(name: str) -> Hurt:
-        made.append(Hurt(runs, name))
+    def make(name: str, pause: float = 0.15) -> Hurt:
+        made.append(Hurt(runs, name, pause))
         return made[-1]
 
     yield make

@@ -15,6 +15,7 @@ import random
 import signal
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -99,16 +100,23 @@ def main() -> int:
         while tried.total() < given.tries:
             run, here = Hurt(runs, f"run{number}", **how), []
             number += 1
-            while len(here) + tried.total() < given.tries:
+            while tried.total() < given.tries:
                 launcher = (ONE, TWO)[len(here) % 2]
                 fault = hurt_once(run, launcher, moments, given.apart, words)
                 if fault is None:
                     break
                 here.append(fault)
+                tried[fault] += 1
                 print(f"{fault} after step {run.steps()}", flush=True)
-            run.finish(ONE, *words, seconds=600)
-            run.assert_curve(reference.folder, rel=1e-5, steps=given.steps)
-            tried.update(here)
+            try:
+                run.finish(ONE, *words, seconds=600)
+                run.assert_curve(reference.folder, rel=1e-5, steps=given.steps)
+            except AssertionError:
+                traceback.print_exc()
+                print(
+                    f"run {number}: {len(here)} faults, and it is not the undisturbed run's curve", flush=True
+                )
+                continue
             survived.update(here)
             print(f"run {number}: {len(here)} faults, the curve is that of the undisturbed run", flush=True)
     print(f"{'fault':28}{'tries':>8}{'survived':>10}")
@@ -120,7 +128,7 @@ def main() -> int:
         first, last = max(values[:third]), max(values[-third:])
         print(f"{what} of the undisturbed run: {first} in its first third, {last} in its last")
         flat = flat and last <= 1.05 * first + 1
-    return 0 if flat else 1
+    return 0 if flat and survived == tried else 1
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def test_its_terminal_is_closed(hurt: Make, launcher: list[str]) -> None:
     name = os.ttyname(its_end)
 
     def sit_down() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests run under nohup
         opened = os.open(name, os.O_RDWR)  # the first of a session: it controls it
         for standard in (0, 1, 2):
             os.dup2(opened, standard)

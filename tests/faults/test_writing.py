@@ -206,6 +206,7 @@ def test_a_full_disk_ends_all_processes_at_the_next_step(hurt: Make) -> None:
     assert run.log.count("step-000003: the checkpoint could not be written") == 2, "each process says so"
 
 
+@pytest.mark.fault("F5", "F8")
 def test_a_stop_that_cannot_be_saved_is_not_called_preempted(hurt: Make) -> None:
     """F5, F8: whoever resubmits at code 4 would lose these steps again and again."""
     run = hurt("full-stopped")

@@ -54,7 +54,7 @@ def test_the_reference_learns_from_every_question_once_per_epoch(runs: Runs, ref
         ["batch.trees=false", "batch.tokens_per_micro_batch=90"],
         ["train.checkpoint_layers=all"],
         ["train.checkpoint_layers=2"],
-        ["train.compile=true", "eval.every=5", "eval.questions=4"],
+        pytest.param(["train.compile=true", "eval.every=5", "eval.questions=4"], marks=pytest.mark.long),
         ["data.workers=2"],
     ],
     ids=" ".join,

@@ -47,7 +47,8 @@ def read(source: Source) -> Iterator[Example | Problem]:
             else:
                 kind = question_type(row.fields[0])
                 yield corpus.example(row, kind, group(number), part(number), labels=labels)
-    corpus.lacks([f"video {number}" for number in set(VIDEOS).difference(number for number, _ in videos)])
+    absent = sorted(set(VIDEOS).difference(number for number, _ in videos))
+    corpus.lacks([f"video {number}" for number in absent])
     yield from corpus.warnings()
 
 

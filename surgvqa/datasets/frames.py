@@ -116,10 +116,10 @@ class Corpus:
     ) -> Iterator[Row | Problem]:
         """Rows of the text files in `texts`, one for each frame.
 
-        The frames are in the first of the folders `frames`; `frame` makes a frame's stem of a text file's,
-        and those that are not `wanted` are left out, counted. `key` begins the names of images and rows. A
-        line has a number of fields that is among `counts`; the first `skip` lines of a file are left out,
-        counted. `even` says that each frame should have a file.
+        The frames are in the first of the folders `frames` that has any. `frame` makes a frame's stem of a
+        text file's; those that are not `wanted` are left out, counted. `key` begins the names of images and
+        rows. A line has a number of fields that is among `counts`; the first `skip` lines of a file are left
+        out, counted. `even` says that each frame should have a file.
         """
         try:
             files = self._images.files(texts, (".txt",))
@@ -217,9 +217,9 @@ class Corpus:
             **more,
         )
 
-    def lacks(self, names: Collection[str]) -> None:
+    def lacks(self, names: Sequence[str]) -> None:
         """Videos of the published corpus that are not here."""
-        self._lacking += sorted(names)
+        self._lacking += names
 
     def warnings(self) -> Iterator[Problem]:
         """What there is to say of the corpus as a whole; to be asked for last."""
@@ -238,22 +238,23 @@ class Corpus:
         yield from (Problem(str(self.root), what, warning=True) for what in said)
 
     def _frames(self, names: Sequence[str]) -> _Frames:
-        """The frames in the first of the named folders that there is."""
+        """The frames in the first of the named folders that holds images; each choice is made once."""
         names = tuple(names)
         if names not in self._folders:
-            place = " or ".join(names)
-            if (folder := self.folder(*names)) is None:
-                where = " or ".join(map(str, self._roots))
-                self._folders[names] = _Frames(place, {}, f"there is no folder {place} in {where}")
-            else:
+            self._folders[names] = self._first_with_frames(names)
+        return self._folders[names]
+
+    def _first_with_frames(self, names: Sequence[str]) -> _Frames:
+        for folder in (root / name for name in names for root in self._roots):
+            if folder.is_dir():
                 try:
                     files = self._images.files(folder, IMAGES)
                 except ValueError as error:
-                    self._folders[names] = _Frames(place, {}, f"{folder} {error}")
-                else:
-                    stems = {name.rpartition(".")[0]: files[name] for name in sorted(files)}
-                    self._folders[names] = _Frames(str(folder), stems)
-        return self._folders[names]
+                    return _Frames(str(folder), {}, f"{folder} {error}")
+                if files:
+                    return _Frames(str(folder), {n.rpartition(".")[0]: files[n] for n in sorted(files)})
+        place, where = " or ".join(names), " or ".join(map(str, self._roots))
+        return _Frames(place, {}, f"there are no frames in {place} of {where}")
 
     def _lines(
         self, file: Path, counts: Collection[int], skip: int = 0

@@ -77,7 +77,7 @@ def read(source: Source) -> Iterator[Example | Problem]:
                 corpus.left_out[f"questions answered {row.fields[1]}"] += 1
             else:
                 yield corpus.example(row, _kind(row.fields[0]), group, _part(number), labels=LABELS)
-    absent = set(VIDEOS).difference(number for number, _ in videos)
+    absent = sorted(set(VIDEOS).difference(number for number, _ in videos))
     corpus.lacks([f"video_{number:02d}" for number in absent])
     yield from corpus.warnings()
 

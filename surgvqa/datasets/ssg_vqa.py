@@ -67,7 +67,7 @@ def read(source: Source) -> Iterator[Example | Problem]:
                 continue
             kind, hops = _kind(row.fields)
             yield corpus.example(row, kind, group, _part(number), labels=LABELS, stage=hops)
-    absent = (TRAIN | VAL | TEST).difference(number for number, _ in videos)
+    absent = sorted((TRAIN | VAL | TEST).difference(number for number, _ in videos))
     corpus.lacks([f"VID{number:02d}" for number in absent])
     yield from corpus.warnings()
 

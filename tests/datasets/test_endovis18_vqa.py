@@ -90,7 +90,7 @@ def test_faults(tmp_path: Path) -> None:
     assert "frame000_QA.txt:6: is not UTF-8 text" in said
     assert "frame000_QA.txt:7: holds a NUL byte" in said
     assert f"frame007_QA.txt: its frame is not in {root}/seq_2/left_frames" in said
-    nowhere = f"there is no folder seq_9/left_frames or seq_9/left_fr in {root}"
+    nowhere = f"there are no frames in seq_9/left_frames or seq_9/left_fr of {root}"
     assert f"Classification: {nowhere}; its 1 question files are left out" in said
     assert any("3 rows belong" in what for what in said)  # of seq_13, which is in no published part
     assert len(said) == 8

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgvqa import datasets
+from surgvqa import datasets, recipe
 from surgvqa.datasets import Dataset
 from surgvqa.recipe import Data, Source
 
@@ -35,6 +35,11 @@ def write(root: Path, files: Mapping[str, str | bytes]) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     return root
+
+
+def instructed(stem: str) -> set[str]:
+    """Question types for which a recipe in recipes/ has instructions."""
+    return set(recipe.load(Path(__file__).parents[1] / f"recipes/{stem}.yaml").prompt.instructions)
 
 
 def errors(dataset: Dataset) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sources import PIXEL, errors, load, warnings, write
+from sources import PIXEL, errors, instructed, load, warnings, write
 
 from surgvqa import recipe
 
@@ -35,6 +35,7 @@ def test_layout_and_official_split(tmp_path: Path, frames: str) -> None:
     assert [e.question_type for e in first] == ["count", "phase", "tool"]
     assert (first[0].id, first[0].image_key, first[0].answers) == ("1/0:1", "1/0", ("1",))
     assert len(first[0].labels) == 13
+    assert {e.question_type for e in dataset.examples} == instructed("cholec80_vqa")
 
 
 def test_every_hundredth_frame(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from sources import PIXEL, SHARED, errors, load, warnings, write
+from sources import PIXEL, SHARED, errors, instructed, load, warnings, write
 
 from surgvqa import recipe
 
@@ -36,6 +36,9 @@ def test_layout_and_official_split(tmp_path: Path, frames: str) -> None:
     assert [e.question_type for e in (first, second, third)] == ["organ", "state", "location"]
     assert first.images[0].read() == PIXEL
     assert len(first.labels) == 18
+    assert {e.question_type for e in dataset.examples} == instructed("endovis18_vqa")
+    assert instructed("endovis18_vqla") == instructed("endovis17_vqla") == instructed("surgicalgpt")
+    assert instructed("surgicalgpt") == instructed("endovis18_vqa")
 
 
 def test_the_variant_chooses_the_form(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sources import PIXEL, SHARED, errors, load, warnings, write
+from sources import PIXEL, SHARED, errors, instructed, load, warnings, write
 
 from surgvqa import recipe
 from surgvqa.datasets.pitvqa import LABELS
@@ -44,6 +44,7 @@ def test_layout_and_official_split(tmp_path: Path, images: str) -> None:
         "count",
     ]  # fmt: skip
     assert len(set(LABELS)) == 59
+    assert {e.question_type for e in dataset.examples} == instructed("pitvqa")
     assert dataset.examples[0].id == "video_01/00001:1"
 
 

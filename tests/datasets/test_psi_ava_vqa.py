@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sources import PIXEL, errors, load, warnings, write
+from sources import PIXEL, errors, instructed, load, warnings, write
 
 from surgvqa import recipe
 
@@ -38,6 +38,7 @@ def test_layout_and_official_split(tmp_path: Path) -> None:
     assert (location.id, location.group) == ("Val/C1_location:1", "psi_ava/CASE021")
     assert [e.question_type for e in (location, phase, step)] == ["location", "phase", "step"]
     assert (phase.answers, len(set(phase.labels))) == (("Vesículas_Seminales",), 35)
+    assert {e.question_type for e in dataset.examples} == instructed("psi_ava_vqa")
 
 
 def test_actions_have_no_closed_set(tmp_path: Path) -> None:

@@ -58,10 +58,9 @@ def load_and_audit(
     found = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
     dataset = Dataset(dataset.examples, [*dataset.problems, *found])
     by, mode = recipe.data.split.by, recipe.image.mode
-    found_all = audit(
+    return dataset, audit(
         dataset, mode=mode, by=by, special_tokens=special_tokens, trains=trains, progress=progress
     )
-    return dataset, found_all
 
 
 def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) -> Iterator[Problem]:
@@ -147,8 +146,8 @@ def audit(
 
     `mode` is the recipe's image.mode and `by` its data.split.by: a split by image may put a group in two
     parts, which is a warning then. Texts that hold one of the model's `special_tokens` are errors.
-    Without questions to train on, only a run that `trains` is in error. `progress` shows a bar on stderr. Images are decoded in one thread per core, so as many are in memory
-    at once.
+    Data without questions to train on is an error only if it `trains`. `progress` shows a bar on stderr.
+    Images are decoded in one thread per core, so as many are in memory at once.
     """
     uses: dict[str, list[Example]] = defaultdict(list)
     refs: dict[str, ImageRef] = {}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 
 from surgvqa.datasets import Example, Problem
-from surgvqa.datasets.frames import Corpus
+from surgvqa.datasets.frames import Corpus, there
 from surgvqa.recipe import Part, Source
 
 TRAIN = frozenset({2, 3, 4, 6, 7, 9, 10, 11, 12, 14, 15})
@@ -45,9 +45,9 @@ def read(source: Source) -> Iterator[Example | Problem]:
     corpus = Corpus(source, name="EndoVis-18-VQA", layout=layout, marks=["seq_*"])
     sequences = corpus.videos(corpus.root, SEQUENCE)
     for number, folder in sequences:
-        if not (folder / "vqa" / form).is_dir():
+        if not there(folder / "vqa" / form):
             what = f"has no vqa/{form} and is left out"
-            if (folder / "vqa" / other).is_dir():
+            if there(folder / "vqa" / other):
                 what += f"; it has vqa/{other}, which data.variant: {other.lower()} reads"
             yield Problem(str(folder), what, warning=True)
             continue

@@ -87,20 +87,20 @@ class Corpus:
     def folder(self, *names: str) -> Path | None:
         """The first of the named folders that there is, in the corpus's own or in those of `data.roots`."""
         places = (root / name for name in names for root in self._roots)
-        return next((place for place in places if place.is_dir()), None)
+        return next((place for place in places if there(place)), None)
 
     def videos(self, folder: Path | None, pattern: str) -> list[tuple[int, Path]]:
         """The subfolders whose names match `pattern`, with the number that is its group, in order.
 
         Raises BadInput where the folder cannot be listed.
         """
-        if folder is None or not folder.is_dir():
+        if folder is None or not there(folder):
             return []
         try:
             found = [(re.fullmatch(pattern, entry.name), entry) for entry in folder.iterdir()]
         except OSError as error:
             raise BadInput(f"{folder}: cannot be listed: {error.strerror or error}") from None
-        return sorted((int(match[1]), place) for match, place in found if match and place.is_dir())
+        return sorted((int(match[1]), place) for match, place in found if match)
 
     def beside(
         self,
@@ -246,7 +246,7 @@ class Corpus:
 
     def _first_with_frames(self, names: Sequence[str]) -> _Frames:
         for folder in (root / name for name in names for root in self._roots):
-            if folder.is_dir():
+            if there(folder):
                 try:
                     files = self._images.files(folder, IMAGES)
                 except ValueError as error:
@@ -289,6 +289,14 @@ class Corpus:
                 yield number, fields
             else:
                 yield Problem(f"{file}:{number}", f"must be `{self.form}`, not {text[:80]!r}")
+
+
+def there(place: Path) -> bool:
+    """Whether there is such an entry; also where this may not be known, so that reading it tells why."""
+    try:
+        return place.exists()
+    except OSError:
+        return True
 
 
 def _find(path: Path, name: str, layout: str, marks: Sequence[str]) -> Path:

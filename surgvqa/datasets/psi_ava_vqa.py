@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from surgvqa.datasets import Example, Problem
-from surgvqa.datasets.frames import Corpus
+from surgvqa.datasets.frames import Corpus, there
 from surgvqa.recipe import Part, Source
 
 LABELS = (
@@ -47,12 +47,12 @@ def read(source: Source) -> Iterator[Example | Problem]:
         for stem, kind in _FILES.items():
             file = corpus.root / folder / f"{stem}.txt"
             if kind == "action" and source.variant != "with_actions":
-                if file.exists():
+                if there(file):
                     corpus.left_out[
                         f"files of actions ({file.name}; data.variant: with_actions reads them)"
                     ] += 1
                 continue
-            if not file.exists():
+            if not there(file):
                 corpus.lacks([f"{folder}/{file.name}"])
                 continue
             for row in corpus.listed(file, lambda case: [f"keyframes/{case}"]):

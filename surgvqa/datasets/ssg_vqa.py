@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 
 from surgvqa.datasets import Example, Problem
-from surgvqa.datasets.frames import Corpus
+from surgvqa.datasets.frames import Corpus, there
 from surgvqa.recipe import Part, Source
 
 VAL = frozenset({1, 18, 31, 35, 48})
@@ -55,7 +55,7 @@ def read(source: Source) -> Iterator[Example | Problem]:
     form = "question|answer|hops|type"
     corpus = Corpus(source, name="SSG-VQA", layout=layout, marks=["qa_txt", "VID*"], form=form)
     texts = corpus.root / "qa_txt"
-    videos = corpus.videos(texts if texts.is_dir() else corpus.root, r"VID(\d{2,3})")
+    videos = corpus.videos(texts if there(texts) else corpus.root, r"VID(\d{2,3})")
     for number, folder in videos:
         places = [name.format(video=folder.name) for name in _FRAMES]
         group = f"cholec80/video{number:02d}"

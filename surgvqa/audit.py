@@ -53,11 +53,14 @@ def load_and_audit(
     `evaluated` are the parts to be evaluated; None for the recipe's own.
     """
     dataset = datasets.load(recipe.data)
+    trains = evaluated is None
     evaluated = recipe.eval.parts if evaluated is None else evaluated
     found = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
     dataset = Dataset(dataset.examples, [*dataset.problems, *found])
     by, mode = recipe.data.split.by, recipe.image.mode
-    return dataset, audit(dataset, mode=mode, by=by, special_tokens=special_tokens, progress=progress)
+    return dataset, audit(
+        dataset, mode=mode, by=by, special_tokens=special_tokens, trains=trains, progress=progress
+    )
 
 
 def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) -> Iterator[Problem]:
@@ -136,14 +139,15 @@ def audit(
     mode: str,
     by: str = "official",
     special_tokens: Collection[str] = (),
+    trains: bool = True,
     progress: bool = False,
 ) -> Audit:
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
     `mode` is the recipe's image.mode and `by` its data.split.by: a split by image may put a group in two
     parts, which is a warning then. Texts that hold one of the model's `special_tokens` are errors.
-    `progress` shows a bar on stderr. Images are decoded in one thread per core, so as many are in memory
-    at once.
+    Data without questions to train on is an error only if it `trains`. `progress` shows a bar on stderr.
+    Images are decoded in one thread per core, so as many are in memory at once.
     """
     uses: dict[str, list[Example]] = defaultdict(list)
     refs: dict[str, ImageRef] = {}
@@ -174,7 +178,7 @@ def audit(
             else:
                 problems.append(_broken(key, result, uses[key]))
     problems += _special(dataset, special_tokens)
-    problems += _parts(dataset)
+    problems += _parts(dataset, trains)
     problems += _leaks(uses, by)
     problems += _copies(found, uses)
     problems += _unseen_answers(dataset)
@@ -237,10 +241,10 @@ def _special(dataset: Dataset, tokens: Collection[str]) -> Iterator[Problem]:
             )
 
 
-def _parts(dataset: Dataset) -> Iterator[Problem]:
+def _parts(dataset: Dataset, trains: bool) -> Iterator[Problem]:
     for part in PARTS if dataset.examples else ():  # without any the reasons have been told
         if not dataset.part(part):
-            yield Problem(part, "holds no questions", warning=part != "train")
+            yield Problem(part, "holds no questions", warning=part != "train" or not trains)
 
 
 def _leaks(uses: Mapping[str, Sequence[Example]], by: str) -> Iterator[Problem]:

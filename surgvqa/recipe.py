@@ -26,6 +26,13 @@ Part = Literal["train", "val", "test"]
 
 _TABLES = ("jsonl", "csv", "parquet")
 
+VARIANTS = {
+    "endovis18_vqa": ("classification", "sentence"),
+    "cholec80_vqa": ("classification", "sentence"),
+    "psi_ava_vqa": ("published", "with_actions"),
+}
+"""Formats that come in several forms, as `variant` names them; the first is read where it says nothing."""
+
 
 class BadInput(Exception):
     """Something a person must mend: `problems` holds every one found, each a full sentence with its place."""
@@ -143,12 +150,18 @@ class Split(_Section):
 
 
 class Source(_Section):
-    format: Literal["demo", "jsonl", "csv", "parquet", "kvasir_vqa", "endovis18_vqa"]
+    format: Literal[
+        "demo", "jsonl", "csv", "parquet", "kvasir_vqa",
+        "endovis18_vqa", "endovis18_vqla", "endovis17_vqla", "cholec80_vqa", "surgicalgpt", "psi_ava_vqa",
+        "ssg_vqa", "pitvqa",
+    ]  # fmt: skip
     """How the data is laid out: see docs/datasets.md."""
     path: Place | None = None
     """File, folder or hub id; relative paths start at the working folder. Only `demo` needs none."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """Which form of a corpus that comes in several: see docs/datasets.md; null: the first one named there."""
     roots: list[Place] = []
     """Further folders in which images may be; without any they must be inside the data's own folder."""
 
@@ -442,6 +455,14 @@ def _source_contradictions(source: Source, where: str) -> Iterator[str]:
         yield f"{where}.path: missing; format {source.format} needs the place of the data"
     if source.revision is not None and (source.path is None or Path(source.path).exists()):
         yield f"{where}.revision: is for a hub id; the data is on this machine"
+    known = VARIANTS.get(source.format, ())
+    if source.variant is not None and source.variant not in known:
+        only = (
+            f"format {source.format} has {' and '.join(known)}"
+            if known
+            else f"{source.format} has only one form"
+        )
+        yield f"{where}.variant: {source.variant!r} is none; {only}"
     suffix = Path(source.path or "").suffix.lstrip(".")
     if source.format in _TABLES and suffix in _TABLES and suffix != source.format:
         yield f"{where}.format: is {source.format}, but {where}.path ends in .{suffix}"

@@ -11,13 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from sources import load, source
+from sources import PIXEL, SHARED, load, source
 
 from surgvqa import recipe
 from surgvqa.datasets import Dataset, Example, Problem, tables
 
-SHARED = Path(__file__).resolve().parents[2] / "shared/data"
-PIXEL = bytes.fromhex("424d1e000000000000001a0000000c000000010001000100180000ff0000")  # 1×1 BMP
 OTHER_PIXEL = PIXEL[:-4] + b"\xff\0\0\0"
 
 
@@ -515,87 +513,6 @@ def test_kvasir_real_questions_are_all_known(tmp_path: Path) -> None:
     assert {e.question_type for e in dataset.examples} >= {"yes_no", "count", "multi", "location", "colour"}
     parts = {e.group: e.split for e in dataset.examples}
     assert all(parts[e.group] == e.split for e in dataset.examples)
-
-
-# ---- EndoVis-18-VQA -----------------------------------------------------------------------------------
-
-ENDOVIS = """What organ is being operated?|kidney
-What is the state of bipolar_forceps?|Idle
-Where is bipolar_forceps located?|right-top
-"""
-
-
-def endovis(root: Path, frames: str = "left_frames", kind: str = "Classification") -> Path:
-    for number in (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15, 16):
-        sequence = root / f"seq_{number}"
-        (sequence / frames).mkdir(parents=True)
-        (sequence / "vqa" / kind).mkdir(parents=True)
-        (sequence / frames / "frame000.png").write_bytes(PIXEL)
-        (sequence / "vqa" / kind / "frame000_QA.txt").write_text(ENDOVIS)
-    return root
-
-
-@pytest.mark.parametrize("frames", ["left_frames", "left_fr"])
-def test_endovis(tmp_path: Path, frames: str) -> None:
-    dataset = load("endovis18_vqa", str(endovis(tmp_path, frames)))
-    assert dataset.problems == []
-    assert {e.group for e in dataset.part("test")} == {"seq_1", "seq_5", "seq_16"}
-    assert [len(dataset.part(part)) for part in ("train", "val", "test")] == [33, 0, 9]
-    first, second, third = dataset.examples[:3]
-    assert (first.id, first.image_key, first.answers) == ("seq_1/frame000:1", "seq_1/frame000", ("kidney",))
-    assert [e.question_type for e in (first, second, third)] == ["organ", "state", "location"]
-    assert first.images[0].read() == PIXEL
-
-
-def test_endovis_faults(tmp_path: Path) -> None:
-    root = endovis(tmp_path / "EndoVis-18-VQA")
-    qa = root / "seq_2/vqa/Classification"
-    (qa / "frame000_QA.txt").write_bytes(
-        b"\xef\xbb\xbfQ|suction\r\n\r\nonly one\r\na|b|1,2,3,4\r\nQ|\r\nWhere is x?|left-top"
-    )
-    (qa / "frame007_QA.txt").write_text(ENDOVIS)
-    (qa / "frame008_QA.txt").write_bytes(b"\xff|x")
-    (root / "seq_2/left_frames/frame008.png").write_bytes(PIXEL)
-    (root / "seq_7/vqa").rename(root / "seq_7/qa")
-    (root / "seq_9/vqa/Classification").rename(root / "seq_9/vqa/Sentence")
-    (root / "seq_16").rename(root / "seq_13")
-    dataset = load("endovis18_vqa", str(tmp_path))
-    errors = "\n".join(whats([p for p in dataset.problems if not p.warning]))
-    warnings = "\n".join(p.what for p in dataset.problems if p.warning)
-    for line in (3, 4, 5):
-        assert f"frame000_QA.txt:{line}: must be `question|answer`" in errors
-    assert "frame007_QA.txt: there is no frame007.png in seq_2" in errors
-    assert "frame008_QA.txt: cannot be read" in errors
-    assert "3 rows belong" in errors  # of seq_13, which is in no published part
-    assert "seq_2 (2 frames, 3 files)" in warnings
-    assert "seq_7 has no vqa/Classification or vqa/Sentence" in warnings
-    assert "seq_9 has no vqa/Classification; vqa/Sentence is used" in warnings
-    assert "lacks seq_16, so" in warnings
-    assert "1 answers are not among the corpus's 18: 'suction' (1)" in warnings  # the tool, not the action
-    assert [e.answers for e in dataset.examples if e.group == "seq_2"] == [("suction",), ("left-top",)]
-
-
-def test_endovis_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(recipe.BadInput, match="no such folder"):
-        load("endovis18_vqa", str(tmp_path / "gone"))
-    (tmp_path / "videos").mkdir()
-    with pytest.raises(recipe.BadInput, match=r"which has seq_<number>.*found videos"):
-        load("endovis18_vqa", str(tmp_path))
-
-
-def test_endovis_real_lines(tmp_path: Path) -> None:
-    real = SHARED / "endovis18_vqa/demo/frame052_QA.txt"
-    if not real.exists():
-        pytest.skip("no real EndoVis-18-VQA lines here; test_endovis covers generated ones")
-    (tmp_path / "seq_1/left_frames").mkdir(parents=True)
-    (tmp_path / "seq_1/vqa/Classification").mkdir(parents=True)
-    (tmp_path / "seq_1/left_frames/frame052.png").write_bytes(
-        (real.parent / "frame052_render.png").read_bytes()
-    )
-    (tmp_path / "seq_1/vqa/Classification/frame052_QA.txt").write_bytes(real.read_bytes())
-    dataset = load("endovis18_vqa", str(tmp_path))
-    assert [e.question_type for e in dataset.part("test")] == ["organ", "state", "location"]
-    assert ["18" in p.what or "lacks" in p.what for p in dataset.problems] == [True]
 
 
 def test_real_frames() -> None:

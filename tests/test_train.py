@@ -514,6 +514,21 @@ def test_a_corpus_brings_its_labels(settings: Any, tmp_path: Path) -> None:
     assert {row["question_type"] for row in rows} == {"organ", "state"}
 
 
+def test_a_corpus_that_is_all_test_is_evaluated(settings: Any, tmp_path: Path) -> None:
+    image = next(Path(settings().data.path).parent.glob("*.png"))
+    for name, content in {
+        "left_frames/seq1_frame001.png": image.read_bytes(),
+        "vqla/label/seq1_frame001.txt": b"What organ is being operated?|kidney|1,1,1280,1024\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(content)
+    external = ["data.format=endovis17_vqla", f"data.path={tmp_path}"]
+    with pytest.raises(BadInput, match="train: holds no questions"):
+        train.train(settings(*external))
+    scores = evaluate.evaluate(train.train(settings()), "test", external)
+    assert scores["overall"]["n"] == 1
+
+
 def test_the_trained_model_is_let_go_before_the_best_one_is_loaded(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

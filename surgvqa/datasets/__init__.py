@@ -28,6 +28,13 @@ MODULES = {
     "parquet": "tables",
     "kvasir_vqa": "kvasir_vqa",
     "endovis18_vqa": "endovis18_vqa",
+    "endovis18_vqla": "endovis_vqla",
+    "endovis17_vqla": "endovis_vqla",
+    "cholec80_vqa": "cholec80_vqa",
+    "surgicalgpt": "surgicalgpt",
+    "psi_ava_vqa": "psi_ava_vqa",
+    "ssg_vqa": "ssg_vqa",
+    "pitvqa": "pitvqa",
 }
 
 

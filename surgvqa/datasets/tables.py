@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -239,6 +240,39 @@ class Images:
             raise ValueError(found)
         return found
 
+    def files(self, folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path | str]:
+        """Names in a folder that end in one of `suffixes` → the file, or what is wrong with it.
+
+        One look at the folder tells of all; only what is a link there is looked up by itself. Names that
+        begin with a dot are no data. Raises ValueError with what is wrong, to be put after the folder.
+        """
+        try:
+            home = folder.resolve()
+            if not any(home.is_relative_to(root) for root in self._roots):
+                raise ValueError(self._outside(home))
+            with os.scandir(folder) as entries:
+                named = [entry for entry in entries if entry.name.lower().endswith(suffixes)]
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"cannot be listed: {getattr(error, 'strerror', None) or error}") from None
+        found: dict[str, Path | str] = {}
+        for entry in named:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_symlink():
+                found[entry.name] = (
+                    Path(entry.path) if entry.is_file(follow_symlinks=False) else "is not a file"
+                )
+                continue
+            try:
+                found[entry.name] = self.locate(str(home / entry.name)).path or ""
+            except ValueError as error:
+                found[entry.name] = str(error)
+        return found
+
+    def _outside(self, place: Path) -> str:
+        where = f"leads out of {self._roots[0]}, to {place}"
+        return f"{where}; list a folder around it in data.roots if that is meant"
+
     def _find(self, name: str) -> ImageRef:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", name):
             raise ValueError("is an address; download the image and give its path")
@@ -262,10 +296,7 @@ class Images:
                 ) from None
         else:
             if outside:
-                raise ValueError(
-                    f"leads out of {self._roots[0]}, to {outside}; list a folder around it in data.roots if "
-                    "that is meant"
-                )
+                raise ValueError(self._outside(outside))
             hint = " (write / instead of \\)" if "\\" in name else ""
             raise ValueError(f"does not exist in {' or '.join(map(str, self._roots))}{hint}")
         if not stat.S_ISREG(mode):

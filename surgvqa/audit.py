@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from surgvqa import datasets
-from surgvqa.datasets import Dataset, Example, ImageRef, Problem
+from surgvqa.datasets import Dataset, Example, ImageRef, Problem, splits
 from surgvqa.letterbox import Size, check_aspect, open_rgb
 from surgvqa.metrics import normalise
 from surgvqa.recipe import Part, Recipe, printable
@@ -55,8 +55,10 @@ def load_and_audit(
     dataset = datasets.load(recipe.data)
     evaluated = recipe.eval.parts if evaluated is None else evaluated
     found = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
+    if recipe.batch.order == "stages":
+        found += _unstaged(dataset)
     dataset = Dataset(dataset.examples, [*dataset.problems, *found])
-    by, mode = recipe.data.split.by, recipe.image.mode
+    by, mode = splits.unit(recipe.data.split), recipe.image.mode
     return dataset, audit(dataset, mode=mode, by=by, special_tokens=special_tokens, progress=progress)
 
 
@@ -80,6 +82,13 @@ def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) 
         for token in sorted(special_tokens):
             if token in text:
                 yield Problem(place, f"holds the special token {token}, which would break the conversation")
+
+
+def _unstaged(dataset: Dataset) -> Iterator[Problem]:
+    """Training questions that an order by stages has no place for."""
+    for example in dataset.part("train"):
+        if example.stage is None:
+            yield Problem(example.place, "has no stage, which batch.order: stages needs")
 
 
 def closed_set(recipe: Recipe, example: Example) -> Sequence[str]:
@@ -140,8 +149,9 @@ def audit(
 ) -> Audit:
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
-    `mode` is the recipe's image.mode and `by` its data.split.by: a split by image may put a group in two
-    parts, which is a warning then. Texts that hold one of the model's `special_tokens` are errors.
+    `mode` is the recipe's image.mode and `by` what its split keeps together: a split by image may put a
+    group in two parts, which is a warning then. Texts that hold one of the model's `special_tokens` are
+    errors.
     `progress` shows a bar on stderr. Images are decoded in one thread per core, so as many are in memory
     at once.
     """

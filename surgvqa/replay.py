@@ -15,6 +15,7 @@ from surgvqa import checkpoint, model, processes
 from surgvqa.loss import TreeLoss
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Recipe
+from surgvqa.run import first_weights
 from surgvqa.terminal import Console
 
 
@@ -35,7 +36,7 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     if not 1 <= step <= total:
         raise BadInput(f"--replay {step}: the run's steps are 1 to {total}")
     folder = _before(Path(settings.output) / "checkpoints", step)
-    network = prepared.network(folder).to(device).train()
+    network = prepared.network(folder or first_weights(settings)).to(device).train()
     loss_of = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
     trees = plan.step(step - 1)
     asked = [question for tree in trees for question in tree]
@@ -63,7 +64,7 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     for own, *texts in sorted(rows, key=lambda row: -row[0] if row[0] == row[0] else float("-inf")):
         table.add_row(f"{own:.4f}", *texts)
     console.print(table)
-    start = folder or "new weights"
+    start = folder or settings.model.adapter or "new weights"
     console.print(f"step {step} with {start}: loss {loss:.6f}, gradient norm {grad_norm:.4g}", soft_wrap=True)
     return loss, grad_norm
 

@@ -74,7 +74,10 @@ train: {lr: fast, epochs: 1.5, precision: fp16}
             "data: {format: demo, split: {by: image, val: 0.5, test: 0.5}}",
             "data.split: val and test together",
         ),
-        ("data: {format: demo, split: {val: 0.3}}", 'data.split: val, test and seed are for by "image"'),
+        (
+            "data: {format: demo, split: {val: 0.3}}",
+            'data.split: val, test, seed and stratify are for by "image"',
+        ),
         ("batch: {questions: 4}", "batch.questions_per_image: is larger than batch.questions"),
         ("train: {lr_vision: 0.1}", "train.lr_vision: the vision tower does not train"),
         ("train: {lr_merger: 0.1}", "train.lr_merger: the merger does not train"),

@@ -31,7 +31,7 @@ def banner(
     fitting: Fit,
     total: int,
     start: int,
-    adapter: Mapping[str, str] | None,
+    adapter: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Model and what trains, processes, batch, canvas, tokens, precision, data, steps, stages, classes."""
     settings, folder, world = prepared.recipe, prepared.folder, accelerator.num_processes

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import noise_image
+from conftest import SHARED, noise_image
 from sources import load
 
 from surgvqa import cli, datasets
@@ -265,3 +265,20 @@ def test_questions_without_a_stage_and_stages_without_a_question_are_named(tmp_p
     assert [problem.place for problem in problems] == [f"{file}:5", f"{file}:10", "data.stages"]
     assert problems[0].what == "has no stage, which data.stages: [1, 2, 3, 7] needs"
     assert problems[2].what == "no question is of stage 7; the data has 1, 2, 3"
+
+
+def test_real_questions_are_stratified(tmp_path: Path) -> None:
+    real = SHARED / "kvasir_vqa/kvasir_raw_6500_image_level_70_15_15/val.jsonl"
+    if not real.exists():
+        pytest.skip("no real Kvasir-VQA rows here; the tests above cover generated ones")
+    noise_image(8, 8, 0).save(tmp_path / "a.png")
+    rows = [
+        {"image": "a.png", "group": row["image_id"], "question": row["question"], "answer": row["answer"]}
+        for row in rows_of(real)
+    ]
+    file = tmp_path / "questions.jsonl"
+    write(file, [{**row, "question_type": row["question"]} for row in rows])
+    hashed = load("jsonl", file, by="group", split={"val": 0.2, "test": 0.2})
+    stratified = load("jsonl", file, by="group", split=STRATIFIED)
+    assert len(stratified.examples) == 449
+    assert worst(stratified) < 4 < worst(hashed)

@@ -101,6 +101,8 @@ def test_a_run_begins_with_the_weights_of_another_and_then_needs_it_no_more(
         assert state["adapter"]["checkpoint"] == str(folder)
         assert state["adapter"]["manifest"].startswith("sha256:")
         assert f"adapter: {first}" in (run / "recipe.yaml").read_text()
+    with pytest.raises(BadInput, match=f"model.adapter: '{first}' → None"):
+        train.train(settings("stopped", *full, "data.stages=[2]", "train.max_steps=3"))
     assert cli.main(["evaluate", str(stopped), "data.stages=null"]) == 0
     assert json.loads((stopped / "scores.json").read_text())["overall"]["n"] > 0
 

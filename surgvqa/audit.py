@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from surgvqa import datasets
-from surgvqa.datasets import Dataset, Example, ImageRef, Problem
+from surgvqa.datasets import Dataset, Example, ImageRef, Problem, splits
 from surgvqa.letterbox import Size, check_aspect, open_rgb
 from surgvqa.metrics import normalise
 from surgvqa.recipe import Part, Recipe, printable
@@ -56,8 +56,10 @@ def load_and_audit(
     trains = evaluated is None
     evaluated = recipe.eval.parts if evaluated is None else evaluated
     found = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
+    if recipe.batch.order == "stages":
+        found += _unstaged(dataset)
     dataset = Dataset(dataset.examples, [*dataset.problems, *found])
-    by, mode = recipe.data.split.by, recipe.image.mode
+    by, mode = splits.unit(recipe.data.split), recipe.image.mode
     return dataset, audit(
         dataset, mode=mode, by=by, special_tokens=special_tokens, trains=trains, progress=progress
     )
@@ -83,6 +85,13 @@ def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) 
         for token in sorted(special_tokens):
             if token in text:
                 yield Problem(place, f"holds the special token {token}, which would break the conversation")
+
+
+def _unstaged(dataset: Dataset) -> Iterator[Problem]:
+    """Training questions that an order by stages has no place for."""
+    for example in dataset.part("train"):
+        if example.stage is None:
+            yield Problem(example.place, "has no stage, which batch.order: stages needs")
 
 
 def closed_set(recipe: Recipe, example: Example) -> Sequence[str]:
@@ -144,10 +153,10 @@ def audit(
 ) -> Audit:
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
-    `mode` is the recipe's image.mode and `by` its data.split.by: a split by image may put a group in two
-    parts, which is a warning then. Texts that hold one of the model's `special_tokens` are errors.
-    Data without questions to train on is an error only if it `trains`. `progress` shows a bar on stderr.
-    Images are decoded in one thread per core, so as many are in memory at once.
+    `mode` is the recipe's image.mode and `by` what its split keeps together: a split by image may put a
+    group in two parts, which is a warning then. Texts that hold one of the model's `special_tokens` are
+    errors. Data without questions to train on is an error only if it `trains`. `progress` shows a bar on
+    stderr. Images are decoded in one thread per core, so as many are in memory at once.
     """
     uses: dict[str, list[Example]] = defaultdict(list)
     refs: dict[str, ImageRef] = {}

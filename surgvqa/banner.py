@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from surgvqa import hub, letterbox, metrics, model, processes
 from surgvqa.memory import Fit
-from surgvqa.plan import Plan
+from surgvqa.plan import Plan, quotas
 from surgvqa.prepare import Prepared
 from surgvqa.processes import Compute
 from surgvqa.tree import Questions
+
+_SHOWN = 30
+"""How many classes are listed."""
 
 
 def banner(
@@ -27,8 +31,9 @@ def banner(
     fitting: Fit,
     total: int,
     start: int,
+    adapter: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """Model and what trains, processes, batch, canvas, tokens, precision, data, steps, class weights."""
+    """Model and what trains, processes, batch, canvas, tokens, precision, data, steps, stages, classes."""
     settings, folder, world = prepared.recipe, prepared.folder, accelerator.num_processes
     revision = f" at {folder.revision}" if folder.revision else ""
     yield f"model       {folder.name}{revision}, {hub.FAMILIES[folder.family]}; tune: {settings.model.tune}"
@@ -41,6 +46,8 @@ def banner(
         ]
         listed = ", ".join(f"{name} ×{count}" for name, count in Counter(adapted).items())
         yield f"            adapters on {len(adapted)} modules: {listed}"
+    if adapter:
+        yield f"            began with the weights of {adapter['checkpoint']}"
     yield f"world       {_world(accelerator)}"
     micro_batches = len(plan.share(plan.step(0), world)[0])
     yield (
@@ -70,14 +77,27 @@ def banner(
     yield "data        " + ", ".join(f"{count:,} {part}" for part, count in parts.items()) + " questions"
     resuming = f"; resuming after step {start:,}" if start else ""
     yield f"steps       {plan.steps_per_epoch:,} per epoch, {total:,} in all{resuming}"
-    weights = prepared.answer_weights()
-    if weights:
-        counts = Counter(metrics.normalise(example.answers[0]) for example in questions.examples)
+    if plan.stage is not None:
+        counts = Counter(plan.stage.tolist())
+        order = ", then ".join(f"{counts[stage]:,} of stage {stage}" for stage in sorted(counts))
+        yield f"order       {order}, in every epoch"
+    if plan.classes is not None:
+        seen = Counter(map(prepared.class_of, questions.examples))
+        drawn = dict(zip(sorted(seen), quotas(np.bincount(plan.classes)).tolist(), strict=True))
+        yield f"balance     {settings.data.balance}; questions there are, and drawn in an epoch"
+        yield from _listed(seen, lambda name: f"{drawn[name]:>8,}  × {drawn[name] / seen[name]:.3f}")
+    if weights := prepared.answer_weights():
+        seen = Counter(metrics.normalise(example.answers[0]) for example in questions.examples)
         yield f"answers     {settings.loss.class_weights} class weights"
-        for answer, count in counts.most_common(30):
-            yield f"            {answer[:40]:<40}{count:>8,}  × {weights[answer]:.3f}"
-        if len(counts) > 30:
-            yield f"            and {len(counts) - 30:,} rarer answers"
+        yield from _listed(seen, lambda answer: f"  × {weights[answer]:.3f}")
+
+
+def _listed(counts: Counter[str], more: Callable[[str], str]) -> Iterator[str]:
+    """The most frequent with their counts and what is to be said of them."""
+    for name, count in counts.most_common(_SHOWN):
+        yield f"            {name[:40]:<40}{count:>8,}{more(name)}"
+    if len(counts) > _SHOWN:
+        yield f"            and {len(counts) - _SHOWN:,} rarer ones"
 
 
 def _world(accelerator: Accelerator) -> str:

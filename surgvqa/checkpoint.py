@@ -298,6 +298,20 @@ def best(root: Path, up_to: int | None = None) -> Path | None:
     return top if top is not None and score(top) > -math.inf else None
 
 
+def chosen(run: Path) -> Path:
+    """The best checkpoint of a run, else the newest that verifies. Raises BadInput where there is none."""
+    if not (run / "recipe.yaml").is_file():
+        raise BadInput(f"{run}: no recipe.yaml here; give the output folder of a training run")
+    root = run / "checkpoints"
+    top = best(root)
+    if top and not verify(top):
+        return top
+    last, rejected = newest(root)
+    if last is None:
+        raise BadInput(rejected or f"{root}: no checkpoint here; has the run saved one yet?")
+    return last
+
+
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

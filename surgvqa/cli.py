@@ -51,6 +51,37 @@ def _check(file: str, overrides: Sequence[str]) -> int:
     return BadInput.exit_code if any(not problem.warning for problem in found.problems) else code
 
 
+def split(argv: Sequence[str]) -> int:
+    """Freeze the split of a recipe's data in a file: which group or image is in which part."""
+    parser = argparse.ArgumentParser("surgvqa split", description=split.__doc__)
+    parser.add_argument("recipe", type=Path, help="recipe file, e.g. recipes/exp1_768.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. splits.json")
+    parser.add_argument("--yes", action="store_true", help="replace the file if there is one")
+    given = parser.parse_intermixed_args(argv)
+    try:
+        return _split(recipe.load(given.recipe, given.overrides), given.out, given.yes)
+    except BadInput as error:
+        return recipe.explain(error)
+
+
+def _split(settings: recipe.Recipe, out: Path, replace: bool) -> int:
+    from surgvqa import checkpoint
+    from surgvqa.datasets import splits
+
+    if out.exists() and not (replace and out.is_file()):
+        raise BadInput(f"--out {out}: is there already; give another, or --yes to replace a file")
+    frozen = splits.freeze(settings.data)
+    try:
+        checkpoint.write_json(out, frozen.model_dump(mode="json"))
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from None
+    for part, counts in frozen.counts.items():
+        print(f"{part:<6}" + ", ".join(f"{count:>9,} {what}" for what, count in counts.items()))
+    print(recipe.printable(f"written: {out}; to use it: data.split: {{by: frozen, path: {out}}}"))
+    return 0
+
+
 def train(argv: Sequence[str]) -> int:
     """Train a recipe in this process, or with --gpus on the GPUs of this machine; --replay runs one step."""
     parser = argparse.ArgumentParser("surgvqa train", add_help=False)
@@ -122,7 +153,8 @@ def status(argv: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "check": check, "show": show, "train": train, "evaluate": evaluate, "submit": submit, "status": status,
+    "check": check, "split": split, "show": show, "train": train, "evaluate": evaluate, "submit": submit,
+    "status": status,
 }  # fmt: skip
 
 

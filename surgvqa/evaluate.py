@@ -195,7 +195,7 @@ def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ())
     checkpoint that verifies.
     """
     accelerator = processes.start()
-    folder = main_first(accelerator, lambda: chosen_checkpoint(run))
+    folder = main_first(accelerator, lambda: checkpoint.chosen(run))
     settings = checkpoint.recipe_of(folder, overrides)
     processes.check_device(accelerator.device, settings.model.name)
     compute = processes.compute(settings.train.precision, settings.model.attn, accelerator.device)
@@ -220,20 +220,6 @@ def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ())
     )
     processes.stop(accelerator)
     return result
-
-
-def chosen_checkpoint(run: Path) -> Path:
-    """The best checkpoint of a run, else the newest that verifies. Raises BadInput where there is none."""
-    if not (run / "recipe.yaml").is_file():
-        raise BadInput(f"{run}: no recipe.yaml here; give the output folder of a training run")
-    root = run / "checkpoints"
-    top = checkpoint.best(root)
-    if top and not checkpoint.verify(top):
-        return top
-    newest, rejected = checkpoint.newest(root)
-    if newest is None:
-        raise BadInput(rejected or f"{root}: no checkpoint here; has the run saved one yet?")
-    return newest
 
 
 @contextlib.contextmanager

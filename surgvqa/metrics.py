@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from surgvqa.datasets import Example
+from surgvqa.datasets import normalise as normalise
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +30,6 @@ class Prediction:
         if self.probabilities is None:
             del row["probabilities"]
         return row
-
-
-def normalise(answer: str) -> str:
-    """What `exact` compares: NFKC, single blanks, and the set of `;`-parts, each without final full stops.
-
-    Case is kept: some data sets have labels that differ in nothing else.
-    """
-    text = " ".join(unicodedata.normalize("NFKC", answer).split())
-    parts = sorted({part.strip().rstrip(".").strip() for part in text.split(";")} - {""})
-    return "; ".join(parts) or text
 
 
 def exact(answer: str, references: Iterable[str]) -> bool:

@@ -9,7 +9,7 @@ Training, evaluation and `surgvqa show` begin with this, so they all see the sam
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from surgvqa import datasets, hub, letterbox, model
 from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
@@ -77,6 +78,8 @@ class Prepared:
             tokens_per_micro_batch=_UNTRIED if asked == "auto" else asked,
             seed=self.recipe.train.seed,
             trees=batch.trees,
+            stage=_stages(questions.examples) if batch.order == "stages" else None,
+            classes=self._classes(questions.examples),
         )
         if asked == "auto":
             plan.tokens_per_micro_batch = max(_UNTRIED, int(plan.alone().max()))
@@ -141,6 +144,17 @@ class Prepared:
             digest.update(repr((example.id, example.question, example.answers, images)).encode())
         return digest.hexdigest()
 
+    def class_of(self, example: datasets.Example) -> str:
+        """What data.balance makes equally frequent of an example."""
+        by_type = self.recipe.data.balance == "question_type"
+        return example.question_type if by_type else normalise(example.answers[0])
+
+    def _classes(self, examples: Sequence[datasets.Example]) -> NDArray[np.int64] | None:
+        if self.recipe.data.balance == "none":
+            return None
+        numbered = np.unique([self.class_of(example) for example in examples], return_inverse=True)[1]
+        return numbered.astype(np.int64)
+
     def answer_weights(self) -> dict[str, float]:
         """Weight of each training answer; empty where the recipe asks for none."""
         kind = self.recipe.loss.class_weights
@@ -202,6 +216,11 @@ def prepare(
     return Prepared(
         recipe, folder, chat, dataset, canvases, found.digests, [str(problem) for problem in found.problems]
     )
+
+
+def _stages(examples: Sequence[datasets.Example]) -> NDArray[np.int64]:
+    """(questions,) stages; the audit refuses training questions without one, and others have no order."""
+    return np.array([example.stage or 0 for example in examples], np.int64)
 
 
 def _some(examples: list[datasets.Example], most: int, seed: int) -> list[datasets.Example]:

@@ -10,6 +10,7 @@ dataclasses below are the reference of every key; `docs/recipe.md` is made from 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import reprlib
@@ -120,6 +121,10 @@ class Model(_Section):
     """Branch, tag or commit of a hub id."""
     tune: Literal["lora", "full"] = "lora"
     """`lora`: adapters on a frozen language model; `full`: all of the language model."""
+    adapter: Place | None = None
+    """A former run, or one of its checkpoints, whose trained weights a new run begins with: its adapters, or
+    with `tune: full` its whole model. Of a run it is the best checkpoint, else the newest. `name`,
+    `revision` and `tune` must be that run's, and with `lora` what is adapted; all else begins anew."""
     train_vision: bool = False
     """Train the vision tower too (without its mergers)."""
     train_merger: bool = False
@@ -137,16 +142,21 @@ class Model(_Section):
 
 
 class Split(_Section):
-    by: Literal["official", "image", "group"] = "official"
+    by: Literal["official", "image", "group", "frozen"] = "official"
     """`official`: the split that comes with the data (a corpus's own, or the `split` column or the files'
     names of a table); `image` or `group`: by a hash of the image or of the `group` column, so that no
-    image or group is in two parts and adding rows moves none."""
+    image or group is in two parts and adding rows moves none; `frozen`: as `surgvqa split` wrote it."""
+    path: Place | None = None
+    """The file of a `frozen` split."""
     val: float = Field(0.15, ge=0, lt=1)
-    """Share of images or groups for validation (not for `official`)."""
+    """Share of images or groups for validation (for `image` and `group`)."""
     test: float = Field(0.15, ge=0, lt=1)
-    """Share of images or groups for the test (not for `official`)."""
+    """Share of images or groups for the test (for `image` and `group`)."""
     seed: int = Field(42, ge=0)
     """Seed of the hash."""
+    stratify: Literal["none", "question_type", "answer"] = "none"
+    """Give each part its share of every question type, or of every answer within its type, as nearly as
+    whole images or groups allow. Added rows may then move others: freeze such a split."""
 
 
 class Source(_Section):
@@ -171,6 +181,11 @@ class Data(Source):
     """Further data sets to read with this one, each with the keys above of its own. Their questions and
     images get their number in front, `1/`, `2/`, ...; a group of the same name in two is the same."""
     split: Split = Split()
+    stages: list[int] | None = Field(None, min_length=1)
+    """Train and evaluate on the questions of these stages alone; null: on all."""
+    balance: Literal["none", "question_type", "answer"] = "none"
+    """Draw the training questions of an epoch so that every question type, or every answer, comes equally
+    often. An epoch keeps its length; no question comes again before all others of its class came."""
     labels: dict[str, list[str]] = {}
     """Question type → the closed set of its answers: `eval.answers: labels` chooses among them, and other
     answers in the data are reported. A type that is not here has its corpus's own set, where there is one."""
@@ -181,6 +196,13 @@ class Data(Source):
     def sources(self) -> list[Source]:
         """This data set and those that are read with it."""
         return [self, *self.more]
+
+    @field_validator("stages")
+    @classmethod
+    def _once(cls, value: list[int] | None) -> list[int] | None:
+        if value and len(set(value)) < len(value):
+            raise ValueError(f"has one more than once: {_shown(value)}")
+        return value
 
     @field_validator("labels")
     @classmethod
@@ -233,6 +255,9 @@ class Batch(_Section):
     """Questions per optimizer step, over all processes together."""
     questions_per_image: int = Field(8, ge=1)
     """Most questions of one image in one group; 1 is the classical independent batch."""
+    order: Literal["shuffled", "stages"] = "shuffled"
+    """Of an epoch's questions: `shuffled`, or `stages`: those of the lowest stage first, then the next, each
+    shuffled. The last step of a stage is filled with the first questions of the next."""
     tokens_per_micro_batch: int | Literal["auto"] = 8192
     """Most tokens in one forward pass of one process, or `auto`: as many as fit. Changes memory and speed,
     never the result; what does not fit into memory is halved before the first step."""
@@ -430,14 +455,17 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found += _source_contradictions(source, f"data.more.{number - 1}" if number else "data")
     if data.split.val + data.split.test >= 1:
         found.append("data.split: val and test together leave nothing to train on")
-    if data.split.by == "official" and data.split != Split():
-        found.append('data.split: val, test and seed are for by "image" or "group", not for "official"')
+    found += _split_contradictions(data.split)
+    if data.balance == "answer" and recipe.loss.class_weights != "none":
+        found.append("loss.class_weights: data.balance: answer makes all answers equally frequent already")
     if recipe.batch.questions_per_image > recipe.batch.questions:
         found.append("batch.questions_per_image: is larger than batch.questions, which bounds every group")
     if train.lr_vision is not None and not model.train_vision:
         found.append("train.lr_vision: the vision tower does not train; set model.train_vision: true")
     if train.lr_merger is not None and not model.train_merger:
         found.append("train.lr_merger: the merger does not train; set model.train_merger: true")
+    if model.adapter and _within(model.adapter, recipe.output):
+        found.append("model.adapter: is this run's own folder; the same command resumes a run without it")
     if model.tune == "full" and model.lora != Lora():
         found.append("model.lora: is for tune: lora, but tune is full")
     if model.revision is not None and (model.name.startswith("tiny-") or Path(model.name).is_dir()):
@@ -448,6 +476,22 @@ def _contradictions(recipe: Recipe) -> list[str]:
             "evaluate on another part during training, or set eval.keep_best: false"
         )
     return found
+
+
+def _within(path: str, folder: str) -> bool:
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def _split_contradictions(split: Split) -> Iterator[str]:
+    if split.by in ("official", "frozen") and split != Split(by=split.by, path=split.path):
+        yield (
+            'data.split: val, test, seed and stratify are for by "image" or "group", '
+            f"not for {json.dumps(split.by)}"
+        )
+    if split.by == "frozen" and split.path is None:
+        yield "data.split.path: missing; a frozen split is a file, which `surgvqa split` writes"
+    if split.by != "frozen" and split.path is not None:
+        yield f"data.split.path: is for by: frozen; by {split.by} reads no file"
 
 
 def _source_contradictions(source: Source, where: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from surgvqa import checkpoint, memory, model, processes
 from surgvqa.loss import TreeLoss
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Recipe
-from surgvqa.run import differences
+from surgvqa.run import differences, first_weights
 from surgvqa.terminal import Console
 
 
@@ -41,7 +41,7 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
         raise BadInput(
             [f"--replay {step}: {folder} was trained otherwise:", *(f"  {change}" for change in changes)]
         )
-    network = prepared.network(folder).to(device).train()
+    network = prepared.network(folder or first_weights(settings)).to(device).train()
     loss_of = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
     fitting = memory.fit(
         loss_of,
@@ -79,7 +79,7 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     for own, *texts in sorted(rows, key=lambda row: -row[0] if row[0] == row[0] else float("-inf")):
         table.add_row(f"{own:.4f}", *texts)
     console.print(table)
-    start = folder or "new weights"
+    start = folder or settings.model.adapter or "new weights"
     console.print(f"step {step} with {start}: loss {loss:.6f}, gradient norm {grad_norm:.4g}", soft_wrap=True)
     return loss, grad_norm
 

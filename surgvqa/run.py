@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -41,17 +42,19 @@ CHANGES = "changes.jsonl"
 
 HARMLESS = (
     "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.labels", "data.workers",
-    "model.attn", "batch.tokens_per_micro_batch", "batch.trees", "train.checkpoint_layers", "train.compile",
-    "train.max_hours", "train.peer_timeout",
+    "data.split.path", "model.attn", "batch.tokens_per_micro_batch", "batch.trees",
+    "train.checkpoint_layers", "train.compile", "train.max_hours", "train.peer_timeout",
 )  # fmt: skip
 """Keys, or sections, that may differ between the runs of one experiment: they do not change what is
 learned. The training data itself is compared by its digest."""
 
-INHERENT = (
-    "model.tune", "model.train_vision", "model.train_merger", "model.lora.rank", "model.lora.alpha",
-    "model.lora.modules",
+_ADAPTED = (
+    "model.train_vision", "model.train_merger", "model.lora.rank", "model.lora.alpha", "model.lora.modules",
 )  # fmt: skip
-"""Keys, or sections, that say which weights a checkpoint holds: no other value goes on from it."""
+"""Keys that say which adapters there are and what they do."""
+
+INHERENT = ("model.tune", *_ADAPTED)
+"""Keys that say which weights a checkpoint holds: no other value goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Resume:
     """Whether the evaluation that was due at this step was made."""
     norms: list[float]
     """The gradient norms of the last RECENT steps that had a finite one."""
+    adapter: dict[str, str] | None
+    """What the run began with: `first_weights` as `identity` tells of it."""
     fitted: list[Any]
     """batch.tokens_per_micro_batch, processes, their device, and the tokens that a micro-batch then had."""
     changes: list[str]
@@ -83,6 +88,7 @@ class _State(BaseModel):
     skipped: int
     settled: bool
     fitted: list[int | str]
+    adapter: dict[str, str] | None = None
 
 
 def claim(run: Path) -> Lock:
@@ -235,6 +241,7 @@ def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: boo
         state.skipped,
         state.settled,
         norms[-RECENT:],
+        state.adapter,
         state.fitted,
         changes,
     )
@@ -260,6 +267,59 @@ def record_changes(run: Path, resume: Resume) -> None:
         log.warning(
             "warning: going on after step %d with changes: %s", resume.step, "; ".join(resume.changes)
         )
+
+
+def first_weights(settings: Recipe) -> Path | None:
+    """The checkpoint that the recipe's `model.adapter` means; None where a run begins with new weights.
+
+    Raises BadInput where there is none, it is not whole, or it was trained as another model.
+    """
+    if settings.model.adapter is None:
+        return None
+    given = Path(settings.model.adapter)
+    if not given.is_dir():
+        raise BadInput(f"model.adapter: {given}: no such folder; give a run's, or one of its checkpoints'")
+    folder = given
+    if not (given / checkpoint.MANIFEST).exists():
+        try:
+            folder = checkpoint.chosen(given)
+        except BadInput as error:
+            raise BadInput(f"model.adapter: {problem}" for problem in error.problems) from None
+        if not _finished(given):
+            log.warning(
+                "warning: model.adapter: %s has not finished; beginning with its %s", given, folder.name
+            )
+    elif problems := checkpoint.verify(folder):
+        raise BadInput(f"model.adapter: {folder}: {problem}" for problem in problems)
+    trained = checkpoint.recipe_of(folder)
+    differences = trained.differences(settings)
+    adapted = _ADAPTED if settings.model.tune == "lora" else ()
+    same = ("model.name", "model.revision", "model.tune", *adapted)
+    if others := [each for each in differences if _among(same, each.partition(":")[0])]:
+        raise BadInput(
+            [f"model.adapter: {folder} holds weights of another model than this recipe's:"]
+            + [f"  {other}" for other in others]
+        )
+    split = [each for each in differences if _among(["data.split"], each.partition(":")[0])]
+    if split and trained.data.format == settings.data.format:
+        log.warning(
+            "warning: model.adapter: %s was trained with another split, so what is val or test now may have "
+            "been in its train: %s", folder, "; ".join(split),
+        )  # fmt: skip
+    return folder
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """A checkpoint's place, and the digest of its manifest, which has those of all its files."""
+    digest = hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()
+    return {"checkpoint": str(folder), "manifest": f"sha256:{digest}"}
+
+
+def _finished(run: Path) -> bool:
+    try:
+        return bool(json.loads((run / ENDED).read_text(encoding="utf-8"))["code"] == 0)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _state(folder: Path) -> _State:

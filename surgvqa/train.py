@@ -36,7 +36,17 @@ from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Recipe
-from surgvqa.run import RECENT, Records, Resume, clear, owned, record_changes, resumable
+from surgvqa.run import (
+    RECENT,
+    Records,
+    Resume,
+    clear,
+    first_weights,
+    identity,
+    owned,
+    record_changes,
+    resumable,
+)  # fmt: skip
 from surgvqa.terminal import Console
 from surgvqa.tree import packs, workers_watched
 
@@ -116,7 +126,10 @@ def _train(
     start, best = (resume.step, resume.best) if resume else (0, -math.inf)
     evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
     main_first(accelerator, lambda: _room(prepared, start, total, evaluate_every, resume))
-    network = prepared.network(resume.folder if resume else None)
+    # A run that goes on has all it needs in its own checkpoints.
+    begin = None if resume else main_first(accelerator, lambda: first_weights(settings))
+    adapter = resume.adapter if resume else identity(begin) if begin else None
+    network = prepared.network(resume.folder if resume else begin)
     network.train().to(device)
     tree_loss = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
     # What fitted before is taken again where all is as before: a sum's portions decide its last bits.
@@ -150,7 +163,9 @@ def _train(
         if resume:
             record_changes(run, resume)
         checkpoint.write_text(run / "recipe.yaml", settings.dump())
-    for line in banner(prepared, questions, plan, network, accelerator, compute, fitting, total, start):
+    for line in banner(
+        prepared, questions, plan, network, accelerator, compute, fitting, total, start, adapter
+    ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     saved = start
@@ -163,6 +178,7 @@ def _train(
             "score": score,
             "skipped": skipped,
             "settled": settled,
+            "adapter": adapter,
             "fitted": [*conditions, fitting.tokens_per_micro_batch],
         }
 
@@ -292,7 +308,7 @@ def _train(
         main_first(accelerator, writer.wait)
 
     if final and settings.eval.final:
-        folder = main_first(accelerator, lambda: evaluate.chosen_checkpoint(run))
+        folder = main_first(accelerator, lambda: checkpoint.chosen(run))
         if folder.name != checkpoint.folder_name(total):
             # Let go of the trained model first: two may not fit on the device.
             del loss_of, tree_loss, optimizer, parameters

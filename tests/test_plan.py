@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from surgvqa.plan import Plan, epoch_order, trees_of
+from surgvqa.plan import Plan, balanced, epoch_order, quotas, trees_of
 
 
 def some_plan(seed: int = 0, **changes: object) -> Plan:
-    """297 questions on 40 images, 1 to 14 each."""
+    """277 questions on 40 images, 1 to 14 each."""
     rng = np.random.default_rng(5)
     image = rng.permutation(np.repeat(np.arange(40), rng.integers(1, 15, 40))).astype(np.int64)
     branch = rng.integers(5, 60, len(image)).astype(np.int64)
@@ -154,3 +154,83 @@ def test_micro_batches_are_filled_before_another_is_begun() -> None:
             filled += [count / 8192 for count in tokens[:-1]]
     assert filled
     assert np.mean(filled) >= 0.9
+
+
+def stages_of(plan: Plan) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.random.default_rng(7).integers(1, 4, len(plan.image)).astype(np.int64)
+
+
+def test_by_stages_each_is_whole_before_the_next_and_shuffled() -> None:
+    plan = some_plan()
+    plan.stage = stages_of(plan)
+    orders = [[q for step in epoch_of(plan, epoch) for tree in step for q in tree] for epoch in (0, 1)]
+    for order in orders:
+        assert sorted(order) == list(range(len(plan.image)))
+        assert plan.stage[order].tolist() == sorted(plan.stage.tolist())
+    assert orders[0] != orders[1]
+    steps = epoch_of(plan, 0)
+    assert [sum(map(len, step)) for step in steps[:-1]] == [16] * (len(steps) - 1)
+    mixed = [step for step in steps if len({int(plan.stage[q]) for tree in step for q in tree}) > 1]
+    assert len(mixed) <= 2, "only the steps at the two edges hold questions of two stages"
+    for step in steps:
+        for tree in step:
+            assert len(tree) <= 4
+            assert len({(int(plan.image[q]), int(plan.stage[q])) for q in tree}) == 1
+
+
+def test_one_stage_alone_is_the_shuffled_order() -> None:
+    plain, staged = some_plan(), some_plan()
+    staged.stage = np.full(len(staged.image), 2)
+    assert [staged.step(step) for step in range(40)] == [plain.step(step) for step in range(40)]
+
+
+@pytest.mark.parametrize("by_stages", [False, True])
+def test_balanced_classes_come_equally_often_and_every_question_in_time(by_stages: bool) -> None:
+    plan = some_plan()
+    sizes = [190, 50, 36, 1]
+    plan.classes = np.repeat(np.arange(4), sizes).astype(np.int64)
+    if by_stages:
+        plan.stage = stages_of(plan)
+    quota = [70, 69, 69, 69]
+    assert quotas(np.array(sizes)).tolist() == quota
+    drawn: list[Counter[int]] = []
+    for epoch in range(5):
+        steps = epoch_of(plan, epoch)
+        asked = [question for step in steps for tree in step for question in tree]
+        assert len(asked) == len(plan.image) == 277
+        assert [sum(map(len, step)) for step in steps[:-1]] == [16] * (len(steps) - 1)
+        assert Counter(plan.classes[asked].tolist()) == dict(enumerate(quota))
+        if plan.stage is not None:
+            assert plan.stage[asked].tolist() == sorted(plan.stage[asked].tolist())
+        drawn.append(Counter(asked))
+        so_far: Counter[int] = sum(drawn, Counter())
+        for number, size in enumerate(sizes):
+            members = np.flatnonzero(plan.classes == number).tolist()
+            times = [so_far[question] for question in members]
+            assert sum(times) == quota[number] * (epoch + 1)
+            assert max(times) - min(times) <= 1, "none comes again before all others of its class"
+            assert size == len(times)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_drawn_questions_are_shared_out_with_their_repeats(world: int) -> None:
+    plan, fresh = some_plan(), some_plan()
+    plan.classes = fresh.classes = np.repeat(np.arange(4), [190, 50, 36, 1]).astype(np.int64)
+    forwards = [plan.step(step) for step in range(45)]
+    assert [fresh.step(step) for step in (44, 3, 20, 43)] == [forwards[step] for step in (44, 3, 20, 43)]
+    assert any(len({q for tree in step for q in tree}) < 16 for step in forwards[:17]), (
+        "rare ones come more than once"
+    )
+    for trees in forwards[:18]:
+        shared = plan.share(trees, world)
+        assert sorted(q for rank in shared for micro in rank for tree in micro for q in tree) == sorted(
+            q for tree in trees for q in tree
+        )
+
+
+def test_what_is_drawn_depends_on_seed_and_epoch() -> None:
+    classes = np.repeat(np.arange(3), [50, 30, 4]).astype(np.int64)
+    one = balanced(classes, seed=0, epoch=3)
+    assert balanced(classes, seed=0, epoch=3).tolist() == one.tolist()
+    assert sorted(balanced(classes, seed=1, epoch=3).tolist()) != sorted(one.tolist())
+    assert sorted(balanced(classes, seed=0, epoch=4).tolist()) != sorted(one.tolist())

@@ -74,7 +74,10 @@ train: {lr: fast, epochs: 1.5, precision: fp16}
             "data: {format: demo, split: {by: image, val: 0.5, test: 0.5}}",
             "data.split: val and test together",
         ),
-        ("data: {format: demo, split: {val: 0.3}}", 'data.split: val, test and seed are for by "image"'),
+        (
+            "data: {format: demo, split: {val: 0.3}}",
+            'data.split: val, test, seed and stratify are for by "image"',
+        ),
         ("batch: {questions: 4}", "batch.questions_per_image: is larger than batch.questions"),
         ("train: {lr_vision: 0.1}", "train.lr_vision: the vision tower does not train"),
         ("train: {lr_merger: 0.1}", "train.lr_merger: the merger does not train"),
@@ -93,6 +96,16 @@ train: {lr: fast, epochs: 1.5, precision: fp16}
         ("eval: {answers: label}", "eval.answers: input should be 'generate' or 'labels', not 'label'"),
         ("train: {lr: 1e400}", "train.lr: input should be a finite number"),
         ("model: {name: tiny-qwen3-vl, revision: main}", "model.revision: tiny-qwen3-vl is no hub id"),
+        ("data: {format: demo, split: {by: frozen}}", "data.split.path: missing; a frozen split is a file"),
+        ("data: {format: demo, split: {by: frozen, path: x.json, seed: 1}}", 'not for "frozen"'),
+        ("data: {format: demo, split: {by: group, path: x.json}}", "data.split.path: is for by: frozen"),
+        ("data: {format: demo, split: {stratify: answer}}", 'not for "official"'),
+        ("data: {format: demo, stages: [1, 2, 1]}", "data.stages: has one more than once: [1, 2, 1]"),
+        ("data: {format: demo, stages: []}", "data.stages: list should have at least 1 item"),
+        (
+            "model: {name: x, adapter: runs/../runs/x/checkpoints/step-000001}",
+            "model.adapter: is this run's own",
+        ),
     ],
 )
 @pytest.mark.fault("F26")
@@ -101,6 +114,12 @@ def test_contradictions(change: str, said: str) -> None:
     found = problems("\n".join([*kept, change]))
     assert len(found) == 1
     assert said in found[0]
+
+
+def test_answers_are_evened_out_once() -> None:
+    (found,) = problems(GOOD, "data.balance=answer", "loss.class_weights=inverse")
+    assert "loss.class_weights: data.balance: answer makes all answers equally frequent already" in found
+    assert recipe.parse(GOOD, ["data.balance=question_type", "loss.class_weights=inverse"])
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_transformers_loads_a_full_checkpoint_as_it_is(settings: Any) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     run = train.train(settings())
-    folder = evaluate.chosen_checkpoint(run)
+    folder = checkpoint.chosen(run)
     theirs = AutoModelForImageTextToText.from_pretrained(folder)
     ours = model.build(hub.find("tiny-qwen3-vl"), weights=folder)
     state = ours.state_dict()
@@ -341,7 +341,7 @@ def test_peft_loads_a_lora_checkpoint_as_it_is(settings: Any, vision: str, merge
             "model.tune=lora", f"model.train_vision={vision}", f"model.train_merger={merger}", "train.lr=1e-2"
         )
     )
-    folder = evaluate.chosen_checkpoint(run)
+    folder = checkpoint.chosen(run)
     written = json.loads((folder / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "tiny-qwen3-vl"
     assert not (folder / "README.md").exists()

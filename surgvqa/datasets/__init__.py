@@ -12,14 +12,15 @@ can be read at all. Nothing is dropped silently; no image is opened here.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgvqa.recipe import BadInput, Data, Part, Split
+from surgvqa.recipe import BadInput, Data, Part
 
 MODULES = {
     "demo": "demo",
@@ -136,6 +137,17 @@ class Dataset:
         return [example for example in self.examples if example.split == part]
 
 
+def normalise(answer: str) -> str:
+    """What tells one answer from another: NFKC, single blanks, and the set of `;`-parts, each without final
+    full stops.
+
+    Case is kept: some data sets have labels that differ in nothing else.
+    """
+    text = " ".join(unicodedata.normalize("NFKC", answer).split())
+    parts = sorted({part.strip().rstrip(".").strip() for part in text.split(";")} - {""})
+    return "; ".join(parts) or text
+
+
 def _module(format: str) -> Any:
     return importlib.import_module(f"surgvqa.datasets.{MODULES[format]}")
 
@@ -163,12 +175,30 @@ def load(data: Data) -> Dataset:
                 examples.append(example)
         if len(examples) + len(problems) == before:
             raise BadInput(f"{source.path}: holds no questions")
-    if data.split.by == "official":
-        problems += _without_part(examples)
-        examples = [example for example in examples if example.split is not None]
-    else:
-        examples = [replace(example, split=_part(example, data.split)) for example in examples]
+    from surgvqa.datasets import splits  # which imports from here
+
+    examples, found = splits.apply(examples, data.split)
+    problems += found
+    if data.stages:
+        examples, found = _of_stages(examples, data.stages)
+        problems += found
     return Dataset(examples, problems)
+
+
+def _of_stages(examples: list[Example], stages: Sequence[int]) -> tuple[list[Example], list[Problem]]:
+    """The examples of these stages; a warning counts the others."""
+    wanted, key = set(stages), f"data.stages: {list(stages)}"
+    problems = [Problem(e.place, f"has no stage, which {key} needs") for e in examples if e.stage is None]
+    found = Counter(example.stage for example in examples if example.stage is not None)
+    if found and (lacking := sorted(wanted - found.keys())):
+        has = ", ".join(map(str, sorted(found)))
+        what = f"no question is of stage {', '.join(map(str, lacking))}; the data has {has}"
+        problems.append(Problem("data.stages", what))
+    left = sorted(found.keys() - wanted)
+    if left:
+        others = ", ".join(f"{found[stage]} of stage {stage}" for stage in left)
+        problems.append(Problem("data.stages", f"leaves out {others} as asked", warning=True))
+    return [example for example in examples if example.stage in wanted], problems
 
 
 def _numbered(example: Example, number: int) -> Example:
@@ -179,28 +209,3 @@ def _numbered(example: Example, number: int) -> Example:
     images = tuple(replace(image, key=f"{number}/{image.key}") for image in example.images)
     renamed = replace(example, id=f"{number}/{example.id}", images=images)
     return replace(renamed, group=renamed.image_key) if example.group == example.image_key else renamed
-
-
-def _without_part(examples: Iterable[Example]) -> list[Problem]:
-    lost = [example for example in examples if example.split is None]
-    if not lost:
-        return []
-    return [
-        Problem(
-            lost[0].place,
-            f"{len(lost)} rows belong to no part (this is the first): give them a split column "
-            "with train, val or test, or set data.split.by to image or group",
-        )
-    ]
-
-
-def _part(example: Example, split: Split) -> Part:
-    """The part of an image or group: a pure function of its name, so that adding rows moves none.
-
-    The first 8 bytes of SHA-256("seed:name") as a number in [0, 1): below `test` → test, below
-    `test + val` → val, else train.
-    """
-    name = example.group if split.by == "group" and example.group else example.image_key
-    digest = hashlib.sha256(f"{split.seed}:{name}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    return "test" if position < split.test else "val" if position < split.test + split.val else "train"

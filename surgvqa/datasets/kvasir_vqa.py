@@ -43,6 +43,28 @@ QUESTION_TYPES = {
 }
 
 
+_ASSESSMENT = {
+    "Is there text?",
+    "Is there a green/black box artefact?",
+    "Is this finding easy to detect?",
+    "What type of procedure is the image taken from?",
+}
+_CONTEXT = {"Have all polyps been removed?"}
+
+
+def stage(question: str) -> int | None:
+    """1, initial assessment of the image; 2, findings; 3, clinical context; None of a question not known.
+
+    The corpus has no stages. These apply the definitions that the experiments with stages on it give a
+    language model as its prompt (MuhraAlMahri/Surgical_COT, docs/COMPLETE_EXPERIMENT_HISTORY.md) to each
+    question once. Their own files have a stage per row that the model chose anew each time, so the same
+    question is in two or three.
+    """
+    if question not in QUESTION_TYPES:
+        return None
+    return 1 if question in _ASSESSMENT else 3 if question in _CONTEXT else 2
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     place: str
@@ -105,6 +127,7 @@ def _examples(rows: list[_Row], image_of: Callable[[str], ImageRef]) -> Iterator
             answers=(row.answer, *others),
             question_type=QUESTION_TYPES.get(row.question, "other"),
             group=row.image,
+            stage=stage(row.question),
             place=row.place,
         )
 

@@ -26,6 +26,13 @@ MODULES = {
     "jsonl": "tables",
     "csv": "tables",
     "parquet": "tables",
+    "json": "tables",
+    "hub": "hub",
+    "llava": "conversations",
+    "messages": "conversations",
+    "kvasir_vqa_x1": "kvasir_vqa_x1",
+    "real_colon_vqa": "real_colon_vqa",
+    "surgvu25": "surgvu25",
     "kvasir_vqa": "kvasir_vqa",
     "endovis18_vqa": "endovis18_vqa",
 }
@@ -49,6 +56,8 @@ class ImageRef:
     """A `datasets.Dataset` whose `column` holds `{"bytes", "path"}`."""
     row: int = 0
     column: str = "image"
+    index: int = 0
+    """Which image of the cell, where it holds a list."""
 
     def read(self) -> bytes:
         """The encoded bytes. Raises OSError where there are none."""
@@ -57,6 +66,8 @@ class ImageRef:
                 raise OSError(f"is larger than {MAX_BYTES >> 30} GiB")
             return self.path.read_bytes()
         cell = self.table[self.row][self.column]
+        if isinstance(cell, list):
+            cell = cell[self.index]
         if not cell or not cell["bytes"]:
             raise OSError(f"row {self.row + 1} holds no image")
         return bytes(cell["bytes"])

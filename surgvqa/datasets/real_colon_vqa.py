@@ -51,9 +51,9 @@ def read(source: Source) -> Iterator[Example | Problem]:
             yield example
     if again:
         what = (
-            f"{again} rows have an id that another row has, as known of this corpus; the row is added to it"
+            f"{again} {'row has' if again == 1 else 'rows have'} an id that another row has, as known of this"
         )
-        yield Problem(str(path), what, warning=True)
+        yield Problem(str(path), f"{what} corpus; the line's number is added to it", warning=True)
 
 
 def _files(path: Path) -> list[Path]:
@@ -81,8 +81,11 @@ def _example(row: Row, file: Path, images: Images, source: Source) -> Example | 
     video, question = fields.text("video_id"), fields.text("question")
     answers = [fields.text("short_answer"), fields.text("answer")]
     frames = fields["frames"]
-    if not isinstance(frames, list) or not frames or not all(isinstance(name, str) for name in frames):
+    if not isinstance(frames, list):
         fields.fault("frames", f"is {kind_of(frames)} instead of a list of names")
+        frames = []
+    elif not frames or not all(isinstance(name, str) for name in frames):
+        fields.fault("frames", f"is {'a list of other than names' if frames else 'an empty list'}")
         frames = []
     refs = []
     for name in chosen(frames, source.frames):
@@ -99,11 +102,9 @@ def _example(row: Row, file: Path, images: Images, source: Source) -> Example | 
         except ValueError as error:
             fields.fault("frames", str(error))
             break  # a video that is not there is told of once in a row
-    if fields.wrong:
-        return Problem(row.place, "; ".join(fields.wrong))
     if source.variant == "long":
         answers.reverse()
-    return Example(
+    example = Example(
         id=fields.optional("id") or f"{file.stem}:{row.number}",
         images=tuple(refs),
         question=question,
@@ -113,3 +114,4 @@ def _example(row: Row, file: Path, images: Images, source: Source) -> Example | 
         split=_part_of(file) or ("train" if video in TRAIN else "test" if video in TEST else None),
         place=row.place,
     )
+    return Problem(row.place, "; ".join(fields.wrong)) if fields.wrong else example

@@ -208,21 +208,19 @@ def test_paths_of_another_machine(tmp_path: Path) -> None:
     assert ([e.image_key for e in dataset.examples], dataset.problems) == (["v1/0001.png"], [])
 
 
-COPESD = (
-    "Direct the Forceps[0.14, 0.21, 0.47, 0.77] to the flap while guiding the Knife[0.71, 0.44, 0.89, 0.77]."
-)
+COPESD = "Direct the Forceps[0.14, 0.21, 0.47, 0.77] to the flap and the Knife[0.71, 0.44, 0.89, 0.77]."
 
 
 def test_boxes_in_the_text(tmp_path: Path) -> None:
     rows = [
         {"conversations": said("Lift the flap.", COPESD)},
         {"conversations": said("What is in [0.1, .2, 0.30, 1.0]?", "It is in [0.179, 0.75, 0.398, 0.999].")},
-        {"conversations": said("Is Knife[0.1, 0.2, 0.3, 0.4] idle?", "[1, 2, 3, 4], [0.5, 2, 3, 4]: no boxes")},
+        {"conversations": said("Is Knife[0.1, 0.2, 0.3, 0.4] idle?", "[1, 2, 3, 4], [0.5, 2, 3, 4]")},
     ]  # fmt: skip
     dataset = llava(tmp_path, *rows)
     assert dataset.problems == []
     first, second, third = dataset.examples
-    assert first.answers == ("Direct the Forceps to the flap while guiding the Knife.",)
+    assert first.answers == ("Direct the Forceps to the flap and the Knife.",)
     assert [(r.label, r.box, r.relative) for r in first.regions] == [
         ("Forceps", (0.14, 0.21, 0.47, 0.77), True),
         ("Knife", (0.71, 0.44, 0.89, 0.77), True),
@@ -233,7 +231,7 @@ def test_boxes_in_the_text(tmp_path: Path) -> None:
         (0.179, 0.75, 0.398, 0.999),
     ]
     assert (third.question, third.asked_regions[0].label) == ("Is <box> idle?", "Knife")
-    assert third.answers == ("[1, 2, 3, 4], [0.5, 2, 3, 4]: no boxes",)
+    assert third.answers == ("[1, 2, 3, 4], [0.5, 2, 3, 4]",)
     assert third.regions == ()
     as_text = llava(tmp_path, *rows, variant="text")
     assert as_text.examples[0].answers == (COPESD,)

@@ -292,7 +292,7 @@ def region(value: object, images: int = 1) -> Region:
     if unknown := sorted(map(str, extra.keys() - {"box", "label", "image"})):
         raise ValueError(f"has the key {unknown[0]}; a box may have box, label and image")
     numbers, image = extra.get("box"), extra.get("image")
-    if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(_finite, numbers)):
+    if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(_number, numbers)):
         raise ValueError("is no box; it must be four numbers, [x1, y1, x2, y2]")
     image = 0 if image is None else image
     if type(image) is not int or not 0 <= image < max(images, 1):
@@ -307,5 +307,6 @@ def region(value: object, images: int = 1) -> Region:
     return Region(box, as_text(extra.get("label")), image, relative)
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: object) -> bool:
+    """Whether it is a coordinate: not NaN, and not beyond what an image could have."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9

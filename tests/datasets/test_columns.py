@@ -273,6 +273,7 @@ def test_boxes(folder: Path) -> None:
         ({"box": [1, 2, 3, "4"]}, "is no box"),
         ({"box": [1, 2, 3, True]}, "is no box"),
         ({"box": [1, 2, float("inf"), 4]}, "is no box"),
+        ({"box": [1, 2, 10**400, 4]}, "is no box"),
         ({"box": [0.6, 0.3, 0.2, 0.5]}, "must have its second corner right of and below its first"),
         ({"box": [-1, 0, 5, 5]}, "none below 0"),
         ({"box": [0.1, 0.1, 1.2, 0.9]}, "is neither in pixels nor in shares"),

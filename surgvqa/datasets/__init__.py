@@ -37,6 +37,8 @@ MODULES = {
     "endovis18_vqa": "endovis18_vqa",
 }
 
+LEAKY = frozenset({"kvasir_vqa_x1"})
+"""Corpora whose own split has images in several parts: told, not refused."""
 
 MAX_BYTES = 2**30
 """Larger image files are refused: none is one, but a hole of any length looks like a file."""
@@ -135,6 +137,8 @@ class Problem:
 class Dataset:
     examples: Sequence[Example]
     problems: Sequence[Problem]
+    leaky: bool = False
+    """Whether its split is a corpus's own that is known to have images in several parts."""
 
     def part(self, part: Part) -> list[Example]:
         return [example for example in self.examples if example.split == part]
@@ -167,12 +171,13 @@ def load(data: Data) -> Dataset:
                 examples.append(example)
         if len(examples) + len(problems) == before:
             raise BadInput(f"{source.path}: holds no questions")
+    leaky = data.split.by == "official" and all(source.format in LEAKY for source in data.sources)
     if data.split.by == "official":
         problems += _without_part(examples)
         examples = [example for example in examples if example.split is not None]
     else:
         examples = [replace(example, split=_part(example, data.split)) for example in examples]
-    return Dataset(examples, problems)
+    return Dataset(examples, problems, leaky)
 
 
 def _numbered(example: Example, number: int) -> Example:

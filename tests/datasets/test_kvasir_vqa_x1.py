@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sources import load
 
+from surgvqa.audit import audit
 from surgvqa.datasets import Dataset, kvasir_vqa_x1
 from surgvqa.recipe import BadInput
 
@@ -117,6 +118,19 @@ def test_medico(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert left.what == "6 test rows are not in Medico's public subset and are left out"
     assert few.warning
     assert left.warning
+
+
+def test_images_in_both_official_parts_are_told_not_refused(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.json").write_text(json.dumps(rows(0, 4)))
+    dataset = load("kvasir_vqa_x1", tmp_path)
+    found = audit(dataset, mode="letterbox").problems
+    assert [p.warning for p in found if "3 of 3 images are in two parts" in p.what] == [True]
+    own = load("json", tmp_path, columns={"image": "img_id"}, roots=[])
+    assert not own.leaky
+    mixed = [{"format": "json", "path": str(tmp_path)}]
+    assert not load("kvasir_vqa_x1", tmp_path, more=mixed).leaky
 
 
 def test_bad_rows(tmp_path: Path) -> None:

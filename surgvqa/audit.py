@@ -13,7 +13,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from surgvqa import datasets
@@ -58,7 +58,7 @@ def load_and_audit(
     found = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
     if recipe.batch.order == "stages":
         found += _unstaged(dataset)
-    dataset = Dataset(dataset.examples, [*dataset.problems, *found])
+    dataset = replace(dataset, problems=[*dataset.problems, *found])
     by, mode = splits.unit(recipe.data.split), recipe.image.mode
     return dataset, audit(
         dataset, mode=mode, by=by, special_tokens=special_tokens, trains=trains, progress=progress
@@ -188,7 +188,7 @@ def audit(
                 problems.append(_broken(key, result, uses[key]))
     problems += _special(dataset, special_tokens)
     problems += _parts(dataset, trains)
-    problems += _leaks(uses, by)
+    problems += _leaks(uses, by, dataset.leaky)
     problems += _copies(found, uses)
     problems += _unseen_answers(dataset)
     problems += _conflicts(dataset)
@@ -256,8 +256,8 @@ def _parts(dataset: Dataset, trains: bool) -> Iterator[Problem]:
             yield Problem(part, "holds no questions", warning=part != "train" or not trains)
 
 
-def _leaks(uses: Mapping[str, Sequence[Example]], by: str) -> Iterator[Problem]:
-    """Images or groups with questions in more than one part."""
+def _leaks(uses: Mapping[str, Sequence[Example]], by: str, leaky: bool) -> Iterator[Problem]:
+    """Images or groups with questions in more than one part; in a `leaky` split these are warnings."""
     image_parts = {key: {example.split for example in examples} for key, examples in uses.items()}
     group_parts: dict[str, set[Part | None]] = defaultdict(set)
     for examples in uses.values():
@@ -265,8 +265,8 @@ def _leaks(uses: Mapping[str, Sequence[Example]], by: str) -> Iterator[Problem]:
             if example.group and example.group not in uses:  # a group that is an image is told of as one
                 group_parts[example.group].add(example.split)
     cure = "the test would be on what was trained on; set data.split.by to group, or mend the split"
-    yield from _leak("images", image_parts, cure, warning=False)
-    yield from _leak("groups", group_parts, cure, warning=by == "image")
+    yield from _leak("images", image_parts, cure, warning=leaky)
+    yield from _leak("groups", group_parts, cure, warning=leaky or by == "image")
 
 
 def _leak(what: str, parts_of: Mapping[str, set[Part | None]], cure: str, warning: bool) -> Iterator[Problem]:

@@ -25,14 +25,36 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 Part = Literal["train", "val", "test"]
 
 
-_TABLES = ("jsonl", "csv", "parquet")
+_TABLES = ("jsonl", "csv", "parquet", "json")
+
+COLUMNS = frozenset(
+    (
+        "image", "question", "answer", "id", "question_type", "group", "split", "stage",
+        "box", "boxes", "asked_box", "asked_boxes",
+    )
+)  # fmt: skip
+"""Our names of the columns of tables."""
+
+_TURNS = COLUMNS - {"question", "answer", "box", "boxes", "asked_box", "asked_boxes"}
+_MAPPED = {
+    **dict.fromkeys((*_TABLES, "hub"), COLUMNS),
+    "llava": _TURNS | {"conversations"},
+    "messages": (_TURNS - {"image"}) | {"images", "messages"},
+}
+"""Formats whose columns may have other names → our names of those."""
 
 VARIANTS = {
+    "llava": ("boxes", "text"),
+    "messages": ("boxes", "text"),
+    "kvasir_vqa_x1": ("full", "medico"),
     "endovis18_vqa": ("classification", "sentence"),
     "cholec80_vqa": ("classification", "sentence"),
     "psi_ava_vqa": ("published", "with_actions"),
+    "real_colon_vqa": ("short", "long"),
 }
 """Formats that come in several forms, as `variant` names them; the first is read where it says nothing."""
+
+_OF_CLIPS = ("real_colon_vqa", "surgvu25")
 
 
 class BadInput(Exception):
@@ -161,19 +183,39 @@ class Split(_Section):
 
 class Source(_Section):
     format: Literal[
-        "demo", "jsonl", "csv", "parquet", "kvasir_vqa",
+        "demo", "jsonl", "json", "csv", "parquet", "hub", "llava", "messages", "kvasir_vqa", "kvasir_vqa_x1",
         "endovis18_vqa", "endovis18_vqla", "endovis17_vqla", "cholec80_vqa", "surgicalgpt", "psi_ava_vqa",
-        "ssg_vqa", "pitvqa",
+        "ssg_vqa", "pitvqa", "real_colon_vqa", "surgvu25",
     ]  # fmt: skip
     """How the data is laid out: see docs/datasets.md."""
     path: Place | None = None
     """File, folder or hub id; relative paths start at the working folder. Only `demo` needs none."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    variant: str | None = None
-    """Which form of a corpus that comes in several: see docs/datasets.md; null: the first one named there."""
     roots: list[Place] = []
     """Further folders in which images may be; without any they must be inside the data's own folder."""
+    columns: dict[str, str] = {}
+    """Our name of a column → the data's own, such as `{image: img_path, answer: label}`, for tables, hub data
+    sets and conversations; a column that is not here has our name."""
+    group_pattern: str | None = None
+    """Regular expression for the path of an image: what its parentheses match, joined by `/`, is the group of
+    a row that has none, such as `(case_\\d+)`. For the formats that take `columns`."""
+    variant: str | None = None
+    """Which form of a corpus that comes in several: see docs/datasets.md; null: the first one named there. Of
+    a hub data set: which subset."""
+    frames: int | None = Field(None, ge=1)
+    """Most frames of a clip, evenly chosen, for formats with clips; null: all."""
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _with_parentheses(cls, value: str | None) -> str | None:
+        try:
+            groups = 1 if value is None else re.compile(value).groups
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        if not groups:
+            raise ValueError(f"{value!r} has no parentheses around what names the group")
+        return value
 
 
 class Data(Source):
@@ -499,14 +541,24 @@ def _source_contradictions(source: Source, where: str) -> Iterator[str]:
         yield f"{where}.path: missing; format {source.format} needs the place of the data"
     if source.revision is not None and (source.path is None or Path(source.path).exists()):
         yield f"{where}.revision: is for a hub id; the data is on this machine"
-    known = VARIANTS.get(source.format, ())
-    if source.variant is not None and source.variant not in known:
-        only = (
-            f"format {source.format} has {' and '.join(known)}"
-            if known
+    known = _MAPPED.get(source.format, frozenset())
+    if unknown := sorted(source.columns.keys() - known):
+        what = f"format {source.format} has {', '.join(sorted(known))}" if known else "is for tables"
+        yield f"{where}.columns: {', '.join(unknown)} cannot be mapped; {what}"
+    if empty := [name for name, theirs in source.columns.items() if not theirs.strip()]:
+        yield f"{where}.columns.{empty[0]}: is empty; give the data's name of that column, or leave it out"
+    if source.group_pattern is not None and not known:
+        yield f"{where}.group_pattern: format {source.format} has groups of its own"
+    forms = VARIANTS.get(source.format, ())
+    if source.variant is not None and source.format != "hub" and source.variant not in forms:
+        has = (
+            f"format {source.format} has {' and '.join(forms)}"
+            if forms
             else f"{source.format} has only one form"
         )
-        yield f"{where}.variant: {source.variant!r} is none; {only}"
+        yield f"{where}.variant: {source.variant!r} is none; {has}"
+    if source.frames is not None and source.format not in _OF_CLIPS:
+        yield f"{where}.frames: is for {' and '.join(_OF_CLIPS)}, whose questions are about clips"
     suffix = Path(source.path or "").suffix.lstrip(".")
     if source.format in _TABLES and suffix in _TABLES and suffix != source.format:
         yield f"{where}.format: is {source.format}, but {where}.path ends in .{suffix}"

@@ -140,7 +140,7 @@ BAD_FIELDS = [
     ({"image": None}, "image is empty"),
     ({"image": []}, "image is an empty list"),
     ({"image": 5}, "image '5' does not exist"),
-    ({"image": {"bytes": "x"}}, "image is a list of embedded images"),
+    ({"image": {"bytes": "x"}}, "image holds an object instead of a path; only Parquet may embed images"),
 ]
 
 
@@ -171,7 +171,7 @@ def test_bad_lines_are_all_listed(folder: Path) -> None:
     assert {p.place.rsplit(":", 1)[1] for p in problems} == {"1", "3", "4", "5", "6", "7"}
     text = "\n".join(whats(problems))
     assert "q.jsonl:1: is not valid JSON" in text
-    assert "q.jsonl:3: is a list; a line must be an object" in text
+    assert "q.jsonl:3: is a list; a row must be an object" in text
     assert "q.jsonl:4: answer is missing" in text
     assert "q.jsonl:4: image is missing" in text
     assert "q.jsonl:5: is not UTF-8 text" in text
@@ -347,6 +347,13 @@ def test_parquet_of_paths_and_of_bytes(folder: Path) -> None:
     assert "leads out of" in problems[0].what
     examples, problems = read(parquet(folder / "s.parquet", {"image": ["a.png", "b.png"]} | texts))
     assert ([e.image_key for e in examples], problems) == (["a.png", "b.png"], [])
+    cells = [{"bytes": data, "path": None} for data in (PIXEL, OTHER_PIXEL, PIXEL)]
+    examples, problems = read(parquet(folder / "l.parquet", {"image": [cells[:2], cells[1:]]} | texts))
+    assert ([[i.read() for i in e.images] for e in examples], problems) == (
+        [[PIXEL, OTHER_PIXEL], [OTHER_PIXEL, PIXEL]],
+        [],
+    )
+    assert examples[0].images == examples[1].images[::-1]  # the same images, as their content is
     examples, problems = read(parquet(folder / "b.parquet", {"image": [PIXEL, OTHER_PIXEL]} | texts))
     assert ([e.images[0].read() for e in examples], problems) == ([PIXEL, OTHER_PIXEL], [])
 
@@ -356,11 +363,6 @@ def test_bad_parquet(folder: Path) -> None:
     assert "cannot be read as Parquet" in read(folder / "text.parquet")[1][0].what
     parquet(folder / "short.parquet", {"image": ["a.png"]})
     assert "lacks the columns question, answer; it has image" in read(folder / "short.parquet")[1][0].what
-    parquet(
-        folder / "list.parquet",
-        {"image": [[{"bytes": PIXEL, "path": None}]], "question": ["Q"], "answer": ["a"]},
-    )
-    assert "list of embedded images" in read(folder / "list.parquet")[1][0].what
 
 
 def test_readers_and_audit_import_no_torch(folder: Path) -> None:

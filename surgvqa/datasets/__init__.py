@@ -27,6 +27,13 @@ MODULES = {
     "jsonl": "tables",
     "csv": "tables",
     "parquet": "tables",
+    "json": "tables",
+    "hub": "hub",
+    "llava": "conversations",
+    "messages": "conversations",
+    "kvasir_vqa_x1": "kvasir_vqa_x1",
+    "real_colon_vqa": "real_colon_vqa",
+    "surgvu25": "surgvu25",
     "kvasir_vqa": "kvasir_vqa",
     "endovis18_vqa": "endovis18_vqa",
     "endovis18_vqla": "endovis_vqla",
@@ -38,6 +45,8 @@ MODULES = {
     "pitvqa": "pitvqa",
 }
 
+LEAKY = frozenset({"kvasir_vqa_x1"})
+"""Corpora whose own split has images in several parts: told, not refused."""
 
 MAX_BYTES = 2**30
 """Larger image files are refused: none is one, but a hole of any length looks like a file."""
@@ -57,6 +66,8 @@ class ImageRef:
     """A `datasets.Dataset` whose `column` holds `{"bytes", "path"}`."""
     row: int = 0
     column: str = "image"
+    index: int = 0
+    """Which image of the cell, where it holds a list."""
 
     def read(self) -> bytes:
         """The encoded bytes. Raises OSError where there are none."""
@@ -65,6 +76,8 @@ class ImageRef:
                 raise OSError(f"is larger than {MAX_BYTES >> 30} GiB")
             return self.path.read_bytes()
         cell = self.table[self.row][self.column]
+        if isinstance(cell, list):
+            cell = cell[self.index]
         if not cell or not cell["bytes"]:
             raise OSError(f"row {self.row + 1} holds no image")
         return bytes(cell["bytes"])
@@ -132,6 +145,8 @@ class Problem:
 class Dataset:
     examples: Sequence[Example]
     problems: Sequence[Problem]
+    leaky: bool = False
+    """Whether its split is a corpus's own that is known to have images in several parts."""
 
     def part(self, part: Part) -> list[Example]:
         return [example for example in self.examples if example.split == part]
@@ -182,7 +197,8 @@ def load(data: Data) -> Dataset:
     if data.stages:
         examples, found = _of_stages(examples, data.stages)
         problems += found
-    return Dataset(examples, problems)
+    leaky = data.split.by == "official" and all(source.format in LEAKY for source in data.sources)
+    return Dataset(examples, problems, leaky)
 
 
 def _of_stages(examples: list[Example], stages: Sequence[int]) -> tuple[list[Example], list[Problem]]:

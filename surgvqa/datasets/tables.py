@@ -1,28 +1,37 @@
-"""Tables of one's own: JSON lines, CSV or Parquet with the columns image, question and answer.
+"""Tables of one's own: JSON lines, JSON lists, CSV or Parquet with the columns image, question and answer.
 
-Also for the corpora that are kept as such tables: `locate`, `csv_rows`, `open_parquet`, `as_text`.
+    Row ── Fields ──▶ Example        surgvqa.datasets.files reads the rows, .images finds the images
+
 The columns and what may be in them are described in docs/datasets.md.
 """
 
 from __future__ import annotations
 
-import csv
-import glob
-import hashlib
 import json
 import math
-import os
 import re
-import stat
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from surgvqa.datasets import Example, ImageRef, Problem
+from surgvqa.datasets import Example, ImageRef, Problem, Region
+from surgvqa.datasets.files import (
+    SUFFIXES,
+    Row,
+    as_text,
+    csv_rows,
+    encoded,
+    kind_of,
+    open_parquet,
+    rows_of,
+)
+from surgvqa.datasets.images import Images
 from surgvqa.recipe import BadInput, Part, Source
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
+__all__ = ["Fields", "Images", "Row", "as_text", "csv_rows", "encoded", "open_parquet", "part_files", "read"]
+
+NEEDED = ("image", "question", "answer")
+OPTIONAL = ("id", "question_type", "group", "split", "stage", "box", "boxes", "asked_box", "asked_boxes")
 
 PARTS: dict[str, Part] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
@@ -30,35 +39,63 @@ _PART_FILE = re.compile(r"(train|val|validation|test)(-\d+-of-\d+)?")
 """Stems that name a part; the number is how the hub names the pieces of a large file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row as it stands in a file, nothing checked but that it is one."""
-
-    place: str
-    number: int
-    """Counts from 1: the line of JSON lines, the record of CSV or Parquet without the header."""
-    fields: dict[str, Any]
-
-
 def read(source: Source) -> Iterator[Example | Problem]:
-    """Rows of a .jsonl, .csv or .parquet file, or of the train, val and test files of a folder.
+    """Rows of a table, or of the train, val and test tables of a folder.
 
     Raises BadInput where there is no such file.
     """
-    for file in _files(Path(source.path or ".")):
-        yield from _examples(file, source)
+    for file in part_files(Path(source.path or ".")):
+        needed, wanted = columns(source, NEEDED, OPTIONAL)
+        rows = rows_of(file, needed, wanted, needed[0])
+        images = Images(file.parent, source.roots)
+        yield from examples(rows, source, str(file), file.stem, part_of(file), images)
 
 
-def _files(path: Path) -> list[Path]:
+def columns(source: Source, needed: Sequence[str], optional: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A data set's own names of the columns that it must have, all it maps among them, and may have."""
+    named = source.columns
+    must = [named.get(name, name) for name in needed] + [named[name] for name in optional if name in named]
+    return must, [name for name in optional if name not in named]
+
+
+def examples(
+    rows: Iterable[Row | Problem], source: Source, place: str, stem: str, part: Part | None, images: Images
+) -> Iterator[Example | Problem]:
+    """Rows with the columns of tables as examples: `stem` and number for those without id, `part` for those
+    without split; `place` is what holds them."""
+    seen: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, Problem):
+            yield row
+            continue
+        seen.update(dict.fromkeys(row.fields))
+        fields = Fields(row.fields, source.columns)
+        example = fields.example(row, stem, part, images, source.group_pattern)
+        yield from (Problem(row.place, what) for what in fields.wrong)
+        if not fields.wrong:
+            yield example
+    yield from unknown_columns(place, source.columns, seen)
+
+
+def unknown_columns(place: str, mapped: Mapping[str, str], seen: Mapping[str, None]) -> Iterator[Problem]:
+    """Columns that the recipe names and no row has, of files in which each row names its columns."""
+    if seen and (lost := [f"{name} (for {ours})" for ours, name in mapped.items() if name not in seen]):
+        yield Problem(
+            place, f"no row has the column {', '.join(lost)} of data.columns; it has {', '.join(seen)}"
+        )
+
+
+def part_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The file, or the files of a folder that are named for a part, all of one kind. Raises BadInput."""
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise BadInput(f"{path}: is no table; its name must end in {', '.join(SUFFIXES)}")
+        if path.suffix.lower() not in suffixes:
+            raise BadInput(f"{path}: is no table; its name must end in {', '.join(suffixes)}")
         return [path]
     if not path.is_dir():
         what = "is neither a file nor a folder" if path.exists() else "no such file or folder"
-        raise BadInput(f"{path}: {what}; give a table ({', '.join(SUFFIXES)}) or a folder of them")
-    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES and file.is_file()]
-    parts = [file for file in files if _part_of(file)]
+        raise BadInput(f"{path}: {what}; give a table ({', '.join(suffixes)}) or a folder of them")
+    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in suffixes and file.is_file()]
+    parts = [file for file in files if part_of(file)]
     if not parts:
         found = ", ".join(file.name for file in files[:5]) or "no table at all"
         raise BadInput(
@@ -71,375 +108,205 @@ def _files(path: Path) -> list[Path]:
     return parts
 
 
-def _part_of(file: Path) -> Part | None:
+def part_of(file: Path) -> Part | None:
     """The part that a file's name stands for, if any."""
     match = _PART_FILE.fullmatch(file.stem)
     return PARTS[match[1]] if match else None
 
 
-def _examples(file: Path, source: Source) -> Iterator[Example | Problem]:
-    rows: Callable[[Path], Iterator[Row | Problem]] = {
-        ".jsonl": _jsonl_rows,
-        ".csv": csv_rows,
-        ".parquet": _parquet_rows,
-    }[file.suffix.lower()]
-    images = Images(file.parent, source.roots)
-    for row in rows(file):
-        if isinstance(row, Problem):
-            yield row
-            continue
-        fields = _Fields(row.fields)
-        example = fields.example(row, file, images)
-        if fields.wrong:
-            for what in fields.wrong:
-                yield Problem(row.place, what)
-        else:
-            yield example
+class Fields:
+    """One row's fields under our names for them; every fault met while reading is added to `wrong`."""
 
-
-class _Fields:
-    """One row's fields; every fault met while reading them is added to `wrong`."""
-
-    def __init__(self, fields: dict[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        """`columns` are our names with the row's for them, where those differ."""
         self._fields = fields
+        self._columns = columns
         self.wrong: list[str] = []
 
-    def example(self, row: Row, file: Path, images: Images) -> Example:
+    def __getitem__(self, name: str) -> Any:
+        return self._fields.get(self._columns.get(name, name))
+
+    def example(
+        self, row: Row, stem: str, part: Part | None, images: Images, pattern: str | None = None
+    ) -> Example:
         """The row as an example; of no use when `wrong` is not empty afterwards."""
-        refs = self._images(images)
+        refs = self.images("image", images)
         return Example(
-            id=self._optional("id") or f"{file.stem}:{row.number}",
+            id=self.optional("id") or f"{stem}:{row.number}",
             images=refs,
-            question=self._required("question", self._fields.get("question")),
+            question=self.text("question"),
             answers=self._answers(),
-            question_type=self._optional("question_type") or "question",
-            group=self._optional("group") or "\n".join(ref.key for ref in refs),
-            split=self._split(_part_of(file)),
-            stage=self._stage(),
+            question_type=self.optional("question_type") or "question",
+            group=self.group(refs, pattern),
+            split=self.split(part),
+            stage=self.stage(),
             place=row.place,
+            regions=self._regions(("box", "boxes"), len(refs)),
+            asked_regions=self._regions(("asked_box", "asked_boxes"), len(refs)),
         )
+
+    def fault(self, name: str, what: str) -> None:
+        """Note what is wrong with a field, by the name that it has in the row."""
+        self.wrong.append(f"{self._columns.get(name, name)} {what}")
+
+    def missing(self, name: str) -> None:
+        if self._columns.get(name, name) in self._fields:
+            self.fault(name, "is empty")
+        else:
+            has = ", ".join(map(str, self._fields)) or "nothing"
+            self.fault(name, f"is missing; the row has {has[:200]}")
+
+    def text(self, name: str) -> str:
+        """A field that must have text."""
+        return self._required(name, self[name])
 
     def _required(self, name: str, value: object) -> str:
         try:
             text = as_text(value)
         except ValueError as error:
-            self.wrong.append(f"{name} {error}")
+            self.fault(name, str(error))
             return ""
         if not text:
-            self.wrong.append(f"{name} is {'empty' if name in self._fields else 'missing'}")
+            self.missing(name)
         elif text.lower() == "nan":
-            self.wrong.append(
-                f"{name} is {text!r}, which stands for a missing value; fill it in or remove the row"
-            )
+            self.fault(name, f"is {text!r}, which stands for a missing value; fill it in or remove the row")
         return text
 
-    def _optional(self, name: str) -> str:
-        value = self._fields.get(name)
+    def optional(self, name: str) -> str:
+        """A field's text, or "" where it has none."""
+        value = self[name]
         if isinstance(value, float) and math.isnan(value):  # how pandas writes a missing value
             return ""
         try:
             return as_text(value)
         except ValueError as error:
-            self.wrong.append(f"{name} {error}")
+            self.fault(name, str(error))
             return ""
 
     def _answers(self) -> tuple[str, ...]:
-        value = self._fields.get("answer")
+        value = self["answer"]
         if not isinstance(value, list):
             return (self._required("answer", value),)
         if not value:
-            self.wrong.append("answer is an empty list")
+            self.fault("answer", "is an empty list")
         return tuple(self._required("answer", answer) for answer in value)
 
-    def _images(self, images: Images) -> tuple[ImageRef, ...]:
-        value = self._fields.get("image")
+    def images(
+        self, name: str, images: Images, mend: Mapping[str, str] | None = None
+    ) -> tuple[ImageRef, ...]:
+        """The images that a field names or holds: one or a list. `mend` has paths to take instead."""
+        value = self[name]
         if isinstance(value, list) and not value:
-            self.wrong.append("image is an empty list")
+            self.fault(name, "is an empty list")
         refs = []
         for image in value if isinstance(value, list) else [value]:
             if isinstance(image, ImageRef):
                 refs.append(image)
             elif isinstance(image, (dict, bytes)):
-                self.wrong.append("image is a list of embedded images; put one image in a row, or give paths")
-            elif name := self._required("image", image):
+                self.fault(name, f"holds {kind_of(image)} instead of a path; only Parquet may embed images")
+            elif path := self._required(name, image):
                 try:
-                    refs.append(images.locate(name))
+                    refs.append(images.locate((mend or {}).get(path, path)))
                 except ValueError as error:
-                    self.wrong.append(f"image {name!r} {error}")
+                    self.fault(name, f"{path!r} {error}")
         return tuple(refs)
 
-    def _split(self, of_file: Part | None) -> Part | None:
-        name = self._optional("split")
+    def group(self, refs: Sequence[ImageRef], pattern: str | None) -> str:
+        """The row's group, else what the pattern's parentheses match in the images' keys, else these."""
+        if given := self.optional("group"):
+            return given
+        key = "\n".join(ref.key for ref in refs)
+        if pattern is None or not refs:
+            return key
+        if not (found := re.search(pattern, key)):
+            self.wrong.append(f"data.group_pattern {pattern!r} matches nothing in {key!r}")
+            return key
+        return "/".join(filter(None, found.groups()))
+
+    def split(self, of_file: Part | None) -> Part | None:
+        """The part that the row says, else that of its file."""
+        name = self.optional("split")
         if not name:
             return of_file
         if name not in PARTS:
-            self.wrong.append(f"split is {name!r}; it must be train, val or test")
+            self.fault("split", f"is {name!r}; it must be train, val or test")
             return None
         if of_file and PARTS[name] != of_file:
-            self.wrong.append(f"split is {name!r}, but the file's name says {of_file}")
+            self.fault("split", f"is {name!r}, but the file's name says {of_file}")
         return PARTS[name]
 
-    def _stage(self) -> int | None:
-        text = self._optional("stage").removesuffix(".0")  # how pandas writes a column with gaps
+    def stage(self) -> int | None:
+        """The row's stage."""
+        text = self.optional("stage").removesuffix(".0")  # how pandas writes a column with gaps
         if not text:
             return None
         if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
-            self.wrong.append(f"stage is {text!r}; it must be a whole number")
+            self.fault("stage", f"is {text!r}; it must be a whole number")
             return None
         return int(text)
 
-
-def as_text(value: object) -> str:
-    """A text or number as text without blanks around it; a missing one as "". Its case is left alone.
-
-    Raises ValueError with what is wrong, to be put after the field's name.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"is {value} instead of text; fill it in or remove the row")
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"is {_kind(value)} instead of text")
-    text = str(value).strip()
-    if "\0" in text:
-        raise ValueError("holds a NUL byte")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds bytes that are not UTF-8") from None
-    return text
-
-
-def _kind(value: object) -> str:
-    names = {bool: "true or false", list: "a list", dict: "an object", bytes: "bytes"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-class Images:
-    """The images that the rows of a data set may name. Each is looked up once, and none is opened."""
-
-    def __init__(self, folder: Path, roots: Sequence[str] = ()) -> None:
-        """`folder` is the data's own; `roots` are those that the recipe's `data.roots` allows beside it."""
-        self._roots = [folder.resolve(), *(Path(root).resolve() for root in roots)]
-        self._known: dict[str, ImageRef | str] = {}
-        self._named: dict[str, Path] = {}
-
-    def locate(self, name: str) -> ImageRef:
-        """The regular file `name`, really inside one of the folders; its key is its path in there.
-
-        A relative name is looked for in one folder after the other; the keys of those in `roots` begin with
-        that folder's name. Raises ValueError with what is wrong, to be put after the name.
-        """
-        if name not in self._known:
+    def _regions(self, names: tuple[str, str], images: int) -> tuple[Region, ...]:
+        """The boxes of the first of the two columns, which has one, and of the second, which has a list."""
+        one, many = (self._boxes(name) for name in names)
+        if one is None and many is None:
+            return ()
+        if one is not None and many is not None:
+            self.fault(names[0], f"and {names[1]} are both given; keep one of them")
+            return ()
+        name, value = (names[0], [one]) if one is not None else (names[1], many)
+        if not isinstance(value, list):
+            self.fault(name, f"is {kind_of(value)} instead of a list of boxes")
+            return ()
+        regions = []
+        for box in value:
             try:
-                self._known[name] = self._find(name)
+                regions.append(region(box, images))
             except ValueError as error:
-                self._known[name] = str(error)
-        found = self._known[name]
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
+                self.fault(name, f"{json.dumps(box, default=str)[:80]} {error}")
+        return tuple(regions)
 
-    def files(self, folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path | str]:
-        """Names in a folder that end in one of `suffixes` → the file, or what is wrong with it.
-
-        One look at the folder tells of all; only what is a link there is looked up by itself. Names that
-        begin with a dot are no data. Raises ValueError with what is wrong, to be put after the folder.
-        """
+    def _boxes(self, name: str) -> object:
+        """A column's boxes, taken out of the text that CSV has; None where there are none."""
+        value = self[name]
+        if isinstance(value, float) and math.isnan(value):
+            return None
+        if not isinstance(value, str):
+            return value
+        if not value.strip():
+            return None
+        text = value.strip()
         try:
-            home = folder.resolve()
-            if not any(home.is_relative_to(root) for root in self._roots):
-                raise ValueError(self._outside(home))
-            with os.scandir(folder) as entries:
-                named = [entry for entry in entries if entry.name.lower().endswith(suffixes)]
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot be listed: {getattr(error, 'strerror', None) or error}") from None
-        found: dict[str, Path | str] = {}
-        for entry in named:
-            if entry.name.startswith("."):
-                continue
-            if not entry.is_symlink():
-                found[entry.name] = (
-                    Path(entry.path) if entry.is_file(follow_symlinks=False) else "is not a file"
-                )
-                continue
-            try:
-                found[entry.name] = self.locate(str(home / entry.name)).path or ""
-            except ValueError as error:
-                found[entry.name] = str(error)
+            found: object = json.loads(text if text[0] in "[{" else f"[{text}]")
+        except (ValueError, RecursionError):
+            return text
         return found
 
-    def _outside(self, place: Path) -> str:
-        where = f"leads out of {self._roots[0]}, to {place}"
-        return f"{where}; list a folder around it in data.roots if that is meant"
 
-    def _find(self, name: str) -> ImageRef:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", name):
-            raise ValueError("is an address; download the image and give its path")
-        if PureWindowsPath(name).is_absolute() and not name.startswith("/"):
-            raise ValueError(f"is an absolute path of Windows; give it relative to {self._roots[0]}")
-        outside = None
-        for root in self._roots:
-            try:
-                file = (root / name).resolve()
-                home = next((root for root in self._roots if file.is_relative_to(root)), None)
-                if home is None:
-                    outside = file
-                    continue
-                mode = file.stat().st_mode
-                break
-            except FileNotFoundError:
-                continue
-            except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-                raise ValueError(
-                    f"cannot be looked up: {getattr(error, 'strerror', None) or error}"
-                ) from None
-        else:
-            if outside:
-                raise ValueError(self._outside(outside))
-            hint = " (write / instead of \\)" if "\\" in name else ""
-            raise ValueError(f"does not exist in {' or '.join(map(str, self._roots))}{hint}")
-        if not stat.S_ISREG(mode):
-            raise ValueError("is not a file" if not stat.S_ISDIR(mode) else "is a folder, not a file")
-        key = file.relative_to(home if home == self._roots[0] else home.parent).as_posix()
-        if (other := self._named.setdefault(key, file)) != file:
-            raise ValueError(f"is {file}, which cannot be told from {other}; rename one of their folders")
-        return ImageRef(key, path=file)
+def region(value: object, images: int = 1) -> Region:
+    """`[x1, y1, x2, y2]`, or an object with that as `box` and maybe `label` and `image`, as a Region.
 
-
-def _jsonl_rows(file: Path) -> Iterator[Row | Problem]:
-    try:
-        lines = file.open("rb")
-    except OSError as error:
-        yield Problem(str(file), f"cannot be read: {error.strerror}")
-        return
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            place = f"{file}:{number}"
-            try:
-                fields = json.loads(line.decode(), object_pairs_hook=_object)
-            except UnicodeDecodeError:
-                yield Problem(place, "is not UTF-8 text")
-            except json.JSONDecodeError as error:
-                yield Problem(place, f"is not valid JSON: {error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
-                yield Problem(place, f"is not usable JSON: {error}")
-            else:
-                if isinstance(fields, dict):
-                    yield Row(place, number, fields)
-                else:
-                    yield Problem(
-                        place, f"is {_kind(fields)}; a line must be an object with image, question, answer"
-                    )
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that is there twice, of which one would be lost."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return fields
-
-
-def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer")) -> Iterator[Row | Problem]:
-    """Records of a comma-separated UTF-8 file whose first one names at least `columns`."""
-    try:
-        # Bytes that are not UTF-8 pass as lone surrogates here and are refused by `as_text`.
-        lines = file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-    except OSError as error:
-        yield Problem(str(file), f"cannot be read: {error.strerror}")
-        return
-    with lines:
-        reader = csv.reader(lines, strict=True)
-        header: list[str] | None = None
-        number, line = 0, 1
-        while True:
-            place = f"{file}:{line}"
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield Problem(place, f"is not valid CSV: {error}")
-                values = []
-            line = reader.line_num + 1
-            if header is None:
-                header = [name.strip() for name in values]
-                if missing := [name for name in columns if name not in header]:
-                    yield Problem(
-                        place, f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}"
-                    )
-                    return
-                if twice := sorted({name for name in columns if header.count(name) > 1}):
-                    yield Problem(place, f"has the columns {', '.join(twice)} more than once")
-                    return
-            elif values:
-                number += 1
-                if len(values) == len(header):
-                    yield Row(place, number, dict(zip(header, values, strict=True)))
-                else:
-                    yield Problem(place, f"has {len(values)} fields instead of {len(header)}")
-
-
-def open_parquet(files: Sequence[Path]) -> Any:
-    """A `datasets.Dataset` of Parquet files, memory-mapped from a copy in the library's cache.
-
-    Embedded images stay encoded. Raises ValueError with what is wrong.
+    Four numbers from 0 to 1 are shares of the image's sides, others are pixels. Raises ValueError with what
+    is wrong, to be put after the box; `images` is how many the example has.
     """
-    import datasets  # takes a second, and only Parquet needs it; it brings no torch
-
-    try:
-        # Names are patterns to `datasets`, hence the escape.
-        names = [glob.escape(str(file.resolve())) for file in files]
-        return encoded(datasets.load_dataset("parquet", data_files=names, split="train"))
-    except Exception as error:  # from pyarrow, from fsspec or from datasets itself
-        raise ValueError(f"cannot be read as Parquet: {' '.join(str(error).split())}") from None
-
-
-def encoded(table: Any, column: str = "image") -> Any:
-    """A `datasets.Dataset` whose column of embedded images is not decoded; one without any as it is."""
-    import datasets
-
-    kind = table.features.get(column)
-    embedded = isinstance(kind, (datasets.Image, dict)) or getattr(kind, "dtype", "") in (
-        "binary",
-        "large_binary",
-    )
-    return table.cast_column(column, datasets.Image(decode=False)) if embedded else table
+    extra = value if isinstance(value, dict) else {"box": value}
+    if unknown := sorted(map(str, extra.keys() - {"box", "label", "image"})):
+        raise ValueError(f"has the key {unknown[0]}; a box may have box, label and image")
+    numbers, image = extra.get("box"), extra.get("image")
+    if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(_number, numbers)):
+        raise ValueError("is no box; it must be four numbers, [x1, y1, x2, y2]")
+    image = 0 if image is None else image
+    if type(image) is not int or not 0 <= image < max(images, 1):
+        raise ValueError(f"is in image {image!r}, but the row has {images}, counted from 0")
+    x1, y1, x2, y2 = map(float, numbers)
+    box = (x1, y1, x2, y2)
+    if min(box) < 0 or x1 >= x2 or y1 >= y2:
+        raise ValueError("must have its second corner right of and below its first, and none below 0")
+    relative = max(box) <= 1
+    if not relative and max(box) < 2:
+        raise ValueError("is neither in pixels nor in shares from 0 to 1")
+    return Region(box, as_text(extra.get("label")), image, relative)
 
 
-def _parquet_rows(file: Path) -> Iterator[Row | Problem]:
-    wanted = ["image", "question", "answer", "id", "question_type", "group", "split", "stage"]
-    try:
-        table = open_parquet([file])
-    except ValueError as error:
-        yield Problem(str(file), str(error))
-        return
-    if missing := [name for name in wanted[:3] if name not in table.column_names]:
-        yield Problem(
-            str(file), f"lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}"
-        )
-        return
-    refs: dict[str, ImageRef] = {}
-    number = 0
-    columns = table.select_columns([name for name in wanted if name in table.column_names])
-    for batch in columns.with_format("arrow").iter(batch_size=32):  # bounds how many images are in memory
-        for fields in batch.to_pylist():
-            number += 1
-            if isinstance(fields["image"], dict):
-                fields["image"] = _embedded(fields["image"], table, number - 1, refs)
-            yield Row(f"{file}: row {number}", number, fields)
-
-
-def _embedded(cell: dict[str, Any], table: Any, row: int, refs: dict[str, ImageRef]) -> ImageRef | str | None:
-    """A cell's image, named by its content so that one repeated in many rows is one image; else its path."""
-    if not cell["bytes"]:
-        path: str | None = cell["path"]
-        return path
-    key = f"sha256:{hashlib.sha256(cell['bytes']).hexdigest()[:32]}"
-    return refs.setdefault(key, ImageRef(key, table=table, row=row))
+def _number(value: object) -> bool:
+    """Whether it is a coordinate: not NaN, and not beyond what an image could have."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9

@@ -164,11 +164,12 @@ def _written(family: str, regions: Sequence[Region], images: int) -> str:
 
 def _tagged(regions: Sequence[Region], images: int) -> str:
     ref, ref_end, box, box_end = TOKENS
+    labelled = any(region.label for region in regions)  # then an empty one ends what the last is called
     written = ""
     for region in regions:
         x1, y1, x2, y2 = map(int, region.box)
         picture = f"Picture {region.image + 1}: " if images > 1 else ""
-        label = f"{ref}{region.label}{ref_end}" if region.label else ""
+        label = f"{ref}{region.label}{ref_end}" if labelled else ""
         written += f"{picture}{label}{box}({x1},{y1}),({x2},{y2}){box_end}"
     return written
 
@@ -270,13 +271,16 @@ class _Reader:
                 if (inside == "<box>" or label) and (found := _BOXES.match(piece)):
                     self._add(found[1], label)
                     start = found.end()
+                elif inside == "<box>" and self.regions:  # one more, cut off
+                    start = len(piece)
                 elif label:
                     self._unused(label)
                     label = ""
                 if rest := piece[start:]:
                     label = label if not rest.strip(_PUNCTUATION) else ""
                     self._json(rest)
-        self._unused(label)
+        if not (self.regions and inside == "<ref>"):  # else the name of one more was cut off
+            self._unused(label)
 
     def _unused(self, label: str) -> None:
         """A label that no box came for is text."""
@@ -300,7 +304,12 @@ class _Reader:
                     self._before(text[at : key.start()])
                     self._add(found[1], _unescaped(label))
                     at = (label or found).end()
-        self._before(text[at:].lstrip().removeprefix("]") if at else text)
+        rest = text[at:]
+        if at:
+            rest = rest.lstrip().removeprefix("]")
+            if rest.lstrip(" \n,").startswith("{") and "}" not in rest:  # one more, cut off
+                rest = ""
+        self._before(rest)
 
     def _object(self, text: str, start: int, end: int, before: str) -> bool:
         """Whether there is a box between `start` and `end`, where braces are; `before` is prose."""

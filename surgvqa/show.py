@@ -104,9 +104,9 @@ def _outline(drawn: Image.Image, canvas: letterbox.Canvas, examples: Sequence[Ex
             if region.image == number
         ]
         for region in regions:
-            x1, y1, x2, y2 = grounding.in_pixels(region.box, canvas)
+            x1, y1, x2, y2 = map(round, grounding.in_pixels(region.box, canvas))
             pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
-            pen.text((x1 + 4, y1 + 2), region.label, fill=colour)
+            pen.text((x1 + 4, y1 + 2), region.label, fill=colour, stroke_width=1, stroke_fill="black")
         counts[f"{len(regions)} {kind} ({colour})"] = len(regions)
     return ", ".join(what for what, count in counts.items() if count)
 

@@ -1,11 +1,11 @@
 """COCO detections as grounded questions; TBX11K (Liu et al., CVPR 2020), chest X-rays, is one such.
 
     annotations/json/TBX11K_train.json    or annotations/instances_train.json, or train.json
-    imgs/tb/tb0005.png                    file_name below imgs, images, its part's folder or the root
+    imgs/tb/tb0005.png                    file_name in imgs, images, the part's folder or the root
 
 Each image is asked for all its boxes (type `findings`), and for those of each category that it has (type
-`location`). The answer's text is the names of the categories, each once and joined with `; `. An image without
-annotations is a negative: its only answer is `none`.
+`location`). The answer's text is the names of the categories, each once and joined with `; `. An image
+without annotations is a negative: its only answer is `none`.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def write_recipe(folder: Path, name: str, data: Path, **train: Any) -> Path:
         "data": {"format": "coco", "path": str(data)},
         "image": {"size": 96},
         "batch": {"questions": 3, "questions_per_image": 3},
-        "train": {"precision": "fp32", "max_steps": 120, "lr": 2e-3, **train},
+        "train": {"precision": "fp32", "max_steps": 36, "lr": 2e-3, **train},
         "eval": {"final": "train"},
         "output": str(folder / "run"),
     }

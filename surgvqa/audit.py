@@ -248,8 +248,8 @@ def _boxes(dataset: Dataset, found: Mapping[str, _Image]) -> Iterator[Problem]:
     """Boxes that are empty, reach out of their image, or do not fit the question's places for them."""
     sizes = {key: image.size for key, image in found.items()}
     for example in dataset.examples:
-        for what in misplaced(example, sizes):
-            yield Problem(example.place, what)
+        if wrong := misplaced(example, sizes):
+            yield Problem(example.place, "; ".join(wrong))
 
 
 def _parts(dataset: Dataset) -> Iterator[Problem]:
@@ -315,17 +315,15 @@ def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
 
 def _conflicts(dataset: Dataset) -> Iterator[Problem]:
     """Questions asked twice about one image, with different answers."""
-    answers: dict[tuple[str, str], set[str]] = defaultdict(set)
-    place: dict[tuple[str, str], str] = {}
+    answers: dict[tuple[object, ...], set[str]] = defaultdict(set)
+    place: dict[tuple[object, ...], str] = {}
     for example in dataset.examples:
-        asked = example.image_key, example.question
+        asked = example.image_key, example.question, example.asked_regions
         answers[asked].add(example.answers[0])
         place.setdefault(asked, example.place)
     conflicting = [asked for asked, given in answers.items() if len(given) > 1]
     if conflicting:
-        listed = ", ".join(
-            f"{question!r} on {image} at {place[image, question]}" for image, question in conflicting[:_SHOWN]
-        )
+        listed = ", ".join(f"{asked[1]!r} on {asked[0]} at {place[asked]}" for asked in conflicting[:_SHOWN])
         more = ", ..." if len(conflicting) > _SHOWN else ""
         what = f"{_count(len(conflicting), 'question')} asked again about the same image, with another answer"
         yield Problem("answers", f"{what}: {listed}{more}", warning=True)

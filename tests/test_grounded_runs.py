@@ -12,7 +12,7 @@ import pytest
 from conftest import FAMILIES
 from PIL import Image, ImageDraw
 
-from surgvqa import cli, hub, metrics
+from surgvqa import cli, hub, metrics, show
 from surgvqa.audit import audit
 from surgvqa.datasets import Dataset, Example, ImageRef, Region
 from surgvqa.grounding import on_canvas
@@ -240,3 +240,13 @@ def test_show_draws_the_boxes_on_the_canvas(
     assert not lime[:, :x1].any()
     assert cli.main(["show", str(recipe), "--index", "1", "--out", str(out)]) == 0
     assert "drawn on it" not in capsys.readouterr().out
+
+
+def test_show_tells_asked_boxes_from_answered_ones() -> None:
+    drawn = Image.new("RGB", (CANVAS.width, CANVAS.height))
+    example = ask(BOX, asked_regions=(Region((120, 10, 180, 60)), Region((0, 0, 9, 9), image=1)))
+    said = show._outline(drawn, CANVAS, [example, ask()], 0)
+    assert said == "1 asked (yellow), 1 answered (lime)"
+    assert drawn.getpixel((round(0.6 * CANVAS.width), round(0.4 * CANVAS.height))) == (255, 255, 0)
+    assert drawn.getpixel((round(0.1 * CANVAS.width), round(0.5 * CANVAS.height))) == (0, 255, 0)
+    assert drawn.getpixel((0, 60)) == (0, 0, 0)  # the box of the other image

@@ -52,7 +52,8 @@ def _files(path: Path) -> tuple[Path, list[tuple[Path, Part | None]]]:
             root = root.parent
         return root, [(path, _part(path))]
     if not path.is_dir():
-        raise BadInput(f"{path}: no such file or folder; give COCO annotations, or a folder with {_LAYOUT}")
+        what = "is neither a file nor a folder" if path.exists() else "no such file or folder"
+        raise BadInput(f"{path}: {what}; give COCO annotations, or a folder with {_LAYOUT}")
     for folder in (path / "annotations" / "json", path / "annotations", path):
         files = sorted(folder.glob("*.json")) if folder.is_dir() else []
         if own := [file for file in files if file.stem.startswith("TBX11K_")]:
@@ -84,6 +85,9 @@ class _File:
         self._folders = ("imgs/", "images/", f"{last}/", f"images/{last}/", "")
 
     def rows(self) -> Iterator[Example | Problem]:
+        if not self._file.is_file():  # reading a pipe would wait for ever
+            yield Problem(str(self._file), "is not a file")
+            return
         try:
             content = json.loads(self._file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:

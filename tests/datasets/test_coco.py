@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,13 @@ def test_files_that_are_no_detections(tmp_path: Path, text: str, what: str) -> N
     dataset = load("coco", tmp_path)
     assert dataset.examples == []
     assert what in whats(dataset)[0]
+
+
+@pytest.mark.fault("F16", "F17")
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "train.json", FOUND)
+    os.mkfifo(tmp_path / "val.json")
+    assert whats(load("coco", tmp_path)) == [f"{tmp_path / 'val.json'}: is not a file"]
 
 
 def test_folders_that_hold_nothing_or_too_much(tmp_path: Path) -> None:

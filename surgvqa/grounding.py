@@ -87,9 +87,10 @@ def _cut(box: Box, size: Size) -> Box:
 
 def _thousandths(low: float, high: float, side: int) -> tuple[int, int]:
     first, last = (max(0, min(round(edge / side * SCALE), SCALE)) for edge in (low, high))
-    if first == last:  # to the side on which more of the box is
-        return (first, last + 1) if (low + high) / 2 > first * side / SCALE else (first - 1, last)
-    return first, last
+    if first < last:
+        return first, last
+    more_is_after = (low + high) / 2 > first * side / SCALE
+    return (first, first + 1) if first == 0 or (more_is_after and first < SCALE) else (first - 1, first)
 
 
 def misplaced(example: Example, sizes: Mapping[str, Size]) -> list[str]:

@@ -224,6 +224,25 @@ def test_the_whole_image_is_the_whole_of_what_is_drawn() -> None:
     assert in_source(Region((0, 0, 1000, 1000)), canvas).box == (0, 0, 1280, 1024)
 
 
+@pytest.mark.parametrize(("size", "most"), [((1280, 1024), 0.64), ((1920, 1080), 0.96), ((3840, 2160), 1.92)])
+def test_how_exact_boxes_can_be(size: tuple[int, int], most: float) -> None:
+    """What docs/datasets.md says, at any size of canvas."""
+    for side in (224, 768):
+        canvas = plan_canvas(size, mode="letterbox", size=side, max_tokens=None, factor=32)
+        edges = [edge / 7 for edge in range(7 * size[0])]
+        found = [in_source(on_canvas(Region((x, 0, x + 9, 9)), canvas), canvas).box[0] for x in edges[:-70]]
+        worst = max(abs(there - back) for there, back in zip(edges[:-70], found, strict=True))
+        assert 0.98 * most < worst <= most + 1e-9
+
+
+def test_boxes_too_thin_to_be_told_are_made_a_thousandth_wide() -> None:
+    canvas = plan_canvas((4000, 4000), mode="letterbox", size=768, max_tokens=None, factor=32)
+    thin = {0: (0, 1), 3999.9: (999, 1000), 9.9: (2, 3), 8.1: (2, 3), 7.8: (1, 2)}
+    for left, told in thin.items():
+        x1, _, x2, _ = on_canvas(Region((left, 0, left + 0.1, 4000)), canvas).box
+        assert (x1, x2) == told
+
+
 def test_what_reaches_out_by_a_pixel_is_cut_off() -> None:
     canvas = plan_canvas((100, 100), mode="letterbox", size=224, max_tokens=None, factor=28)
     assert on_canvas(Region((-0.9, 0, 100.9, 50)), canvas) == on_canvas(Region((0, 0, 100, 50)), canvas)

@@ -6,6 +6,7 @@ surgvqa show RECIPE --index N ──▶ canvas-0.png …, tree.html, and the sam
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,20 +96,19 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
 def _outline(drawn: Image.Image, canvas: letterbox.Canvas, examples: Sequence[Example], number: int) -> str:
     """Draw the boxes in image `number` as the model is told them; returns how many have which colour."""
     pen = ImageDraw.Draw(drawn)
-    counts = {}
-    for kind, colour in BOX_COLOURS.items():
-        regions = [
-            grounding.on_canvas(region, canvas)
-            for example in examples
-            for region in (example.asked_regions if kind == "asked" else example.regions)
-            if region.image == number
-        ]
-        for region in regions:
-            x1, y1, x2, y2 = map(round, grounding.in_pixels(region.box, canvas))
-            pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
-            pen.text((x1 + 4, y1 + 2), region.label, fill=colour, stroke_width=1, stroke_fill="black")
-        counts[f"{len(regions)} {kind} ({colour})"] = len(regions)
-    return ", ".join(what for what, count in counts.items() if count)
+    counts: Counter[str] = Counter()
+    for example in examples:
+        boxes = [("asked", region, region.label) for region in example.asked_regions]
+        boxes += [("answered", region, region.label or example.answers[0]) for region in example.regions]
+        for kind, region, label in boxes:
+            if region.image == number:
+                told = grounding.on_canvas(region, canvas).box
+                x1, y1, x2, y2 = map(round, grounding.in_pixels(told, canvas))
+                colour = BOX_COLOURS[kind]
+                pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
+                pen.text((x1 + 4, y1 + 2), label, fill=colour, stroke_width=1, stroke_fill="black")
+                counts[kind] += 1
+    return ", ".join(f"{count} {kind} ({BOX_COLOURS[kind]})" for kind, count in counts.items())
 
 
 def _segments(questions: Questions, chosen: Sequence[int]) -> list[Segment]:

@@ -24,12 +24,15 @@ class Prediction:
     answer: str
     probabilities: dict[str, float] | None = None
     """Label → probability among the labels, where the answer was chosen among them."""
+    regions: list[dict[str, Any]] | None = None
+    """The answer's boxes in source pixels, `{"label", "box": [x1, y1, x2, y2], "image": from 0}`; None where
+    neither the answer nor the reference has any."""
+    reference_regions: list[dict[str, Any]] | None = None
+    """Those that it should have."""
 
     def row(self) -> dict[str, Any]:
-        row = asdict(self)
-        if self.probabilities is None:
-            del row["probabilities"]
-        return row
+        optional = ("probabilities", "regions", "reference_regions")
+        return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
 
 
 def exact(answer: str, references: Iterable[str]) -> bool:
@@ -65,7 +68,11 @@ def _majority(counter: Counter[str]) -> str:
 
 
 def scores(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
-    """`{"overall": {"n", "exact", "prior"}, "by_type": {type: {...}}}`: shares of 1, unrounded."""
+    """`{"overall": {"n", "exact", "prior"}, "by_type": {type: {...}}}`: shares of 1, unrounded.
+
+    Where references have boxes also `boxes`, how many questions do, and `iou`: the mean over these of the IoU
+    of the answer's first box with the reference's first, 0 where it has none or one in another image.
+    """
     by_type: dict[str, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
         by_type[prediction.question_type].append(prediction)
@@ -79,7 +86,26 @@ def _score(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
     n = len(predictions)
     right = sum(exact(row.answer, row.references) for row in predictions)
     guessed = sum(exact(prior.answer(row.question, row.question_type), row.references) for row in predictions)
-    return {"n": n, "exact": right / n if n else None, "prior": guessed / n if n else None}
+    found = {"n": n, "exact": right / n if n else None, "prior": guessed / n if n else None}
+    overlaps = [
+        _first_iou(row.regions or [], row.reference_regions) for row in predictions if row.reference_regions
+    ]
+    return {**found, "boxes": len(overlaps), "iou": sum(overlaps) / len(overlaps)} if overlaps else found
+
+
+def _first_iou(regions: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> float:
+    if not regions or regions[0]["image"] != references[0]["image"]:
+        return 0.0
+    return iou(regions[0]["box"], references[0]["box"])
+
+
+def iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2) along pixel edges; of an empty box 0."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    shared = max(0.0, width) * max(0.0, height)
+    areas = sum(max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1]) for box in (first, second))
+    return shared / (areas - shared) if shared else 0.0
 
 
 def class_weights(answers: Sequence[str], kind: str) -> dict[str, float]:

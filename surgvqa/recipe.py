@@ -185,7 +185,7 @@ class Source(_Section):
     format: Literal[
         "demo", "jsonl", "json", "csv", "parquet", "hub", "llava", "messages", "kvasir_vqa", "kvasir_vqa_x1",
         "endovis18_vqa", "endovis18_vqla", "endovis17_vqla", "cholec80_vqa", "surgicalgpt", "psi_ava_vqa",
-        "ssg_vqa", "pitvqa", "real_colon_vqa", "surgvu25",
+        "ssg_vqa", "pitvqa", "real_colon_vqa", "surgvu25", "coco",
     ]  # fmt: skip
     """How the data is laid out: see docs/datasets.md."""
     path: Place | None = None

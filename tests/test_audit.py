@@ -15,7 +15,7 @@ from sources import load
 
 from surgvqa import recipe
 from surgvqa.audit import Audit, audit, load_and_audit, report
-from surgvqa.datasets import Dataset, Example, ImageRef, Problem
+from surgvqa.datasets import Dataset, Example, ImageRef, Problem, Region
 from surgvqa.recipe import Part
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
@@ -310,3 +310,15 @@ def test_real_frames() -> None:
     result = check(load("jsonl", real, by="image"), by="image")
     assert len(result.sizes) == 19
     assert not [problem for problem in result.problems if not problem.warning]
+
+
+def test_a_question_about_another_box_is_another_question(build: Builder) -> None:
+    build.add("train.png", "train", "liver", question="What is in <box>?")
+    build.add("train.png", "train", "colon", question="What is in <box>?")
+    asked = [
+        replace(example, asked_regions=(Region((0, 0, number, 9)),) * ("<box>" in example.question))
+        for number, example in enumerate(build.examples)
+    ]
+    assert not any("asked again" in str(problem) for problem in check(Dataset(asked, [])).problems)
+    alike = [replace(example, asked_regions=asked[-1].asked_regions) for example in asked[-2:]]
+    assert "'What is in <box>?' on train.png" in found(check(Dataset([*asked[:-2], *alike], [])))

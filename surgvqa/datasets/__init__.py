@@ -43,6 +43,7 @@ MODULES = {
     "psi_ava_vqa": "psi_ava_vqa",
     "ssg_vqa": "ssg_vqa",
     "pitvqa": "pitvqa",
+    "coco": "coco",
 }
 
 LEAKY = frozenset({"kvasir_vqa_x1"})
@@ -127,6 +128,12 @@ class Example:
     def image_key(self) -> str:
         """Examples with the same key share their images, and so a tree."""
         return "\n".join(image.key for image in self.images)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that the data says in words."""
+        labels = (region.label for region in (*self.asked_regions, *self.regions))
+        return (self.question, *self.answers, *labels)
 
 
 @dataclass(frozen=True, slots=True)

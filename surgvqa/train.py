@@ -36,7 +36,7 @@ from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Recipe
-from surgvqa.run import RECENT, Records, Resume, clear, owned, resumable
+from surgvqa.run import RECENT, Records, Resume, clear, owned, record_skipped, resumable
 from surgvqa.terminal import Console
 from surgvqa.tree import packs, workers_watched
 
@@ -148,6 +148,7 @@ def _train(
             ) from None
     if main:
         checkpoint.write_text(run / "recipe.yaml", settings.dump())
+        record_skipped(run, prepared.skipped)
     for line in banner(prepared, questions, plan, network, accelerator, compute, fitting, total, start):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 

@@ -402,13 +402,13 @@ def test_a_checkpoint_is_refused(place: Place, name: str) -> None:
     assert any(said in problem for problem in checkpoint.verify(place.saved))
 
 
-@pytest.mark.parametrize("state", ["[]", "{}", '{"step": -5, "data": "", "skipped": 0, "settled": true}',
+@pytest.mark.parametrize("state", ["[]", "{}", '{"step": -5, "data": {}, "skipped": 0, "settled": true}',
                                    '{"step": "2", "data": "", "skipped": 1e999, "settled": 3}'])  # fmt: skip
 def test_a_state_of_other_types_is_refused(place: Place, state: str) -> None:
     (place.saved / "state.json").write_text(state)
     place.sign()
     with pytest.raises(BadInput, match=r"state\.json: (not a checkpoint's state|says step -5)"):
-        resumable(place.run, recipe.load("recipe.yaml"), "")
+        resumable(place.run, recipe.load("recipe.yaml"), {})
 
 
 def test_another_models_adapters_and_optimizer_are_refused(

@@ -115,6 +115,10 @@ class Problem:
     place: str
     what: str
     warning: bool = False
+    whole: bool = False
+    """Whether it is about a table or all of the data: nothing that `data.on_error: skip` can leave out."""
+    images: tuple[str, ...] = ()
+    """Keys of images to look at."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.what}"
@@ -183,6 +187,7 @@ def _without_part(examples: Iterable[Example]) -> list[Problem]:
             lost[0].place,
             f"{len(lost)} rows belong to no part (this is the first): give them a split column "
             "with train, val or test, or set data.split.by to image or group",
+            whole=True,
         )
     ]
 

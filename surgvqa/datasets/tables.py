@@ -280,7 +280,7 @@ def _jsonl_rows(file: Path) -> Iterator[Row | Problem]:
     try:
         lines = file.open("rb")
     except OSError as error:
-        yield Problem(str(file), f"cannot be read: {error.strerror}")
+        yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
     with lines:
         for number, line in enumerate(lines, start=1):
@@ -321,7 +321,7 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
         # Bytes that are not UTF-8 pass as lone surrogates here and are refused by `as_text`.
         lines = file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
-        yield Problem(str(file), f"cannot be read: {error.strerror}")
+        yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
     with lines:
         reader = csv.reader(lines, strict=True)
@@ -340,12 +340,12 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
             if header is None:
                 header = [name.strip() for name in values]
                 if missing := [name for name in columns if name not in header]:
-                    yield Problem(
-                        place, f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}"
-                    )
+                    what = f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}"
+                    yield Problem(place, what, whole=True)
                     return
                 if twice := sorted({name for name in columns if header.count(name) > 1}):
-                    yield Problem(place, f"has the columns {', '.join(twice)} more than once")
+                    what = f"has the columns {', '.join(twice)} more than once"
+                    yield Problem(place, what, whole=True)
                     return
             elif values:
                 number += 1
@@ -387,12 +387,11 @@ def _parquet_rows(file: Path) -> Iterator[Row | Problem]:
     try:
         table = open_parquet([file])
     except ValueError as error:
-        yield Problem(str(file), str(error))
+        yield Problem(str(file), str(error), whole=True)
         return
     if missing := [name for name in wanted[:3] if name not in table.column_names]:
-        yield Problem(
-            str(file), f"lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}"
-        )
+        what = f"lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}"
+        yield Problem(str(file), what, whole=True)
         return
     refs: dict[str, ImageRef] = {}
     number = 0

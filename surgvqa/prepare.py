@@ -138,7 +138,7 @@ class Prepared:
         return Prior(self.dataset.part("train"))
 
     def fingerprint(self) -> dict[str, str | int]:
-        """What is trained on, so that a change can be named: how many questions, and digests of what they are.
+        """What is trained on, so that a change can be named: how many questions, and their digests.
 
         `questions` counts them; `order` is of their ids in order, `ids`, `texts` (with all answers) and
         `images` (of the images' bytes) are in the order of the ids.

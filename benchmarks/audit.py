@@ -1,6 +1,6 @@
-"""What an audit costs: `python -m benchmarks.audit` makes a data set as large as Kvasir-VQA, 58,849 questions on
-6,500 JPEG files of 720 × 576 to 1280 × 1024 pixels, and times `surgvqa check`'s work on it: rows and headers alone,
-everything, everything again with what is remembered.
+"""What an audit costs: `python -m benchmarks.audit` makes a data set as large as Kvasir-VQA, 58,849 questions
+on 6,500 JPEG files of 720 × 576 to 1280 × 1024 pixels, and times `surgvqa check`'s work on it: rows and
+headers alone, everything, and everything again with what is remembered.
 
 The files are copies of 40 pictures with other bytes at their end, so that each is decoded.
 """
@@ -114,9 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {"images": given.images, "questions": given.questions, "gb": size / 1e9, "cores": cores()}
     file = write("audit", settings, rows, given.out)
     for row in rows:
-        print(
-            f"{row['way']}: {row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s of processors), load {row['load']}"
-        )
+        busy = f"{row['cpu_seconds']:.1f} s of processors"
+        print(f"{row['way']}: {row['seconds']:.1f} s ({busy}), load {row['load']:.1f}")
     print(f"written: {file}")
     return 0
 

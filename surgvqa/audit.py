@@ -54,6 +54,8 @@ class Audit:
     """What `data.on_error: skip` left out, each also a warning among the problems."""
     left_out: frozenset[str] = frozenset()
     """Ids of questions that were read well but left out since of an image or a text of theirs."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """How much was left out: rows for what they say, images, and the questions about those."""
     notes: list[str] = field(default_factory=list)
     """What was not looked at, and why."""
 
@@ -66,13 +68,6 @@ class Audit:
     def digests(self) -> dict[str, str]:
         """Image key → SHA-256 of its bytes, where it was read whole."""
         return {key: facts.digest for key, facts in self.facts.items() if facts.digest}
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How much was left out: rows that could not be used, images, and the questions about those."""
-        images = sum(bool(problem.images) for problem in self.skipped)
-        rows = {problem.place for problem in self.skipped if not problem.images}
-        return {"rows": len(rows), "images": images, "questions": len(self.left_out)}
 
     def kept(self, dataset: Dataset) -> Dataset:
         """The data without what is left out."""
@@ -200,10 +195,19 @@ def audit(
     rows = [problem for problem in dataset.problems if not (problem.warning or problem.whole)]
     special = dict(_special(dataset, special_tokens))
     broken = [_broken(key, why, uses[key]) for key, why in faults.items()]
-    skipped, left_out = [], set()
+    skipped: list[Problem] = []
+    left_out: set[str] = set()
+    counts = {"rows": 0, "images": 0, "questions": 0}
     if skip:
         skipped = [*rows, *special.values(), *broken]
-        left_out = {*special, *(example.id for key in faults for example in uses[key])}
+        about_faults = {example.id for key in faults for example in uses[key]}
+        left_out = {*special, *about_faults}
+        places = {problem.place for problem in (*rows, *special.values())}
+        counts = {
+            "rows": len(places),
+            "images": len(faults),
+            "questions": len(about_faults - special.keys()),
+        }
         if skipped:
             dataset = Dataset([e for e in dataset.examples if e.id not in left_out], dataset.problems)
             used = {image.key for example in dataset.examples for image in example.images}
@@ -227,7 +231,7 @@ def audit(
     if found.unkept:
         what = f"cannot be written, so the images will be decoded again next time: {found.unkept}"
         problems.append(Problem("$SURGVQA_CACHE", what, warning=True))
-    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), list(_unseen(facts)))
+    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), counts, list(_unseen(facts)))
 
 
 def _too_long(found: Mapping[str, ImageFacts]) -> dict[str, str]:

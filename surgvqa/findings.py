@@ -63,8 +63,7 @@ class Findings:
     def table(self) -> Table:
         """A row for each question type."""
         content = self.content
-        title = f"{content['recipe']}: {_size(content)}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("question type")
         for part in PARTS:
             table.add_column(part, justify="right", no_wrap=True)
@@ -85,8 +84,9 @@ class Findings:
         return table
 
     def lines(self) -> Iterator[str]:
-        """What the table has no room for."""
+        """How much there is, images and texts in short, and what was not looked at."""
         content = self.content
+        yield f"{content['recipe']}: {_size(content)}"
         yield from _facts(content)
         yield from (f"not looked at: {note}" for note in content["notes"])
 

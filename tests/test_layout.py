@@ -63,10 +63,11 @@ def test_the_data_side_imports_no_torch(name: str) -> None:
 
 def test_checking_a_recipe_imports_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from surgvqa.cli import main; code = main(['check', 'recipes/demo.yaml']);"
+        "import sys; from surgvqa.cli import main; code = main(['check', *sys.argv[1:]]);"
         "sys.exit(code or 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "recipes/demo.yaml", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "0 errors" in done.stdout
 

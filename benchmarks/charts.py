@@ -50,6 +50,7 @@ def tables(results: Path) -> dict[str, str]:
         "checkpoint": _checkpoint_table,
         "plan": _plan_table,
         "grouping": _grouping_table,
+        "audit": _audit_table,
     }
     return {
         name: _where(content) + "\n\n" + maker(content["rows"])
@@ -234,6 +235,19 @@ def _plan_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['different_questions']:,} questions that are all different: tokenized and checked in "
                 f"{row['tokenize_s']:.1f} s, {each:.2f} ms each.",
             ]
+    return "\n".join(lines)
+
+
+def _audit_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| What | Seconds | Seconds of processors | Images decoded | Load before |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row['way']} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['decoded']:,} "
+        f"| {row['load']:.1f} |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 

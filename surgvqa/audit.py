@@ -1,27 +1,26 @@
 """What is wrong with a data set, found before a model is loaded.
 
-    Dataset ── audit ──▶ Audit(problems, sizes)        problems ── report ──▶ text
+    Dataset ── audit ──▶ Audit(problems, facts)        problems ── report ──▶ text
 
-Every distinct image is decoded once, completely, as training will decode it. The sizes that this yields are
-what canvases, and so token counts, are planned from.
+Every distinct image is decoded once, completely, as training will decode it (see `scan`). The sizes that this
+yields are what canvases, and so token counts, are planned from.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from surgvqa import datasets
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem, splits
 from surgvqa.grounding import misplaced
-from surgvqa.letterbox import Size, check_aspect, open_rgb
+from surgvqa.letterbox import Size, check_aspect
 from surgvqa.metrics import normalise
 from surgvqa.recipe import Part, Recipe, printable
+from surgvqa.scan import ImageFacts, near, scan
 
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -31,15 +30,49 @@ _ALIKE = 20
 _SHOWN = 5
 """How many of a long list a message names."""
 
+_PICTURES = 12
+"""How many of the images concerned a problem names for a page to show."""
+
+NEAR = 4
+"""Bits of 64 in which perceptual hashes of near-identical images differ at most."""
+
+JUNK = frozenset({"nan", "null", "n/a", "#n/a", "na", "undefined", "-", "--", "?", "."})
+"""Texts that stand for a missing value, in lower case."""
+
+RARE_NONE = 0.01
+"""Where `none` is a smaller share than this of a question type's answers it may be no answer but a gap."""
+
 
 @dataclass(frozen=True)
 class Audit:
     problems: list[Problem]
     """The data set's own and those found here, errors first."""
-    sizes: dict[str, Size]
-    """Image key → width and height in pixels, EXIF orientation applied; only of images that are sound."""
-    digests: dict[str, str]
-    """Image key → SHA-256 of its bytes, of the same images."""
+    facts: dict[str, ImageFacts]
+    """Image key → what it is; only of images that are sound."""
+    decoded: int
+    """How many images had to be looked at; the others were remembered from before."""
+    skipped: list[Problem] = field(default_factory=list)
+    """What `data.on_error: skip` left out, each also a warning among the problems."""
+    left_out: frozenset[str] = frozenset()
+    """Ids of questions that were read well but left out since of an image or a text of theirs."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """How much was left out: rows for what they say, images, and the questions about those."""
+    notes: list[str] = field(default_factory=list)
+    """What was not looked at, and why."""
+
+    @property
+    def sizes(self) -> dict[str, Size]:
+        """Image key → width and height in pixels, EXIF orientation applied."""
+        return {key: facts.size for key, facts in self.facts.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Image key → SHA-256 of its bytes, where it was read whole."""
+        return {key: facts.digest for key, facts in self.facts.items() if facts.digest}
+
+    def kept(self, dataset: Dataset) -> Dataset:
+        """The data without what is left out."""
+        return replace(dataset, examples=[e for e in dataset.examples if e.id not in self.left_out])
 
 
 def load_and_audit(
@@ -47,23 +80,31 @@ def load_and_audit(
     special_tokens: Collection[str] = (),
     *,
     evaluated: Collection[Part] | None = None,
+    headers: bool = False,
     progress: bool = False,
 ) -> tuple[Dataset, Audit]:
     """A recipe's data and what is wrong with it. Raises BadInput where it cannot be read at all.
 
-    `evaluated` are the parts to be evaluated; None for the recipe's own.
+    `evaluated` are the parts to be evaluated; None for the recipe's own. `headers`: images are not decoded.
     """
     dataset = datasets.load(recipe.data)
-    trains = evaluated is None
-    evaluated = recipe.eval.parts if evaluated is None else evaluated
-    found = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
-    if recipe.batch.order == "stages":
-        found += _unstaged(dataset)
-    dataset = replace(dataset, problems=[*dataset.problems, *found])
-    by, mode = splits.unit(recipe.data.split), recipe.image.mode
-    return dataset, audit(
-        dataset, mode=mode, by=by, special_tokens=special_tokens, trains=trains, progress=progress
+    found = audit(
+        dataset,
+        mode=recipe.image.mode,
+        by=splits.unit(recipe.data.split),
+        special_tokens=special_tokens,
+        trains=evaluated is None,
+        skip=recipe.data.on_error == "skip",
+        headers=headers,
+        progress=progress,
     )
+    dataset = found.kept(dataset)
+    evaluated = recipe.eval.parts if evaluated is None else evaluated
+    problems = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
+    if recipe.batch.order == "stages":
+        problems += _unstaged(dataset)
+    problems = sorted([*found.problems, *problems], key=lambda problem: problem.warning)
+    return dataset, replace(found, problems=problems)
 
 
 def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) -> Iterator[Problem]:
@@ -144,12 +185,6 @@ def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> It
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
-    size: Size
-    digest: str
-
-
 def audit(
     dataset: Dataset,
     *,
@@ -157,14 +192,17 @@ def audit(
     by: str = "official",
     special_tokens: Collection[str] = (),
     trains: bool = True,
+    skip: bool = False,
+    headers: bool = False,
     progress: bool = False,
 ) -> Audit:
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
     `mode` is the recipe's image.mode and `by` what its split keeps together: a split by image may put a
     group in two parts, which is a warning then. Texts that hold one of the model's `special_tokens` are
-    errors. Data without questions to train on is an error only if it `trains`. `progress` shows a bar on
-    stderr. Images are decoded in one thread per core, so as many are in memory at once.
+    errors. Data without questions to train on is an error only if it `trains`. With `skip` bad rows, and
+    questions about bad images, are left out and become warnings; everything else is checked without them.
+    `headers` and `progress` are those of `scan`.
     """
     uses: dict[str, list[Example]] = defaultdict(list)
     refs: dict[str, ImageRef] = {}
@@ -172,41 +210,72 @@ def audit(
         for ref in example.images:
             refs.setdefault(ref.key, ref)
             uses[ref.key].append(example)
-
-    def check(ref: ImageRef) -> _Image | str:
-        try:
-            data = ref.read()
-            image = open_rgb(data)
-            if mode == "native":
-                check_aspect(image.size)
-        except OSError as error:
-            return f"cannot be read: {error.strerror or error}"
-        except ValueError as error:
-            return str(error)
-        return _Image(image.size, hashlib.sha256(data).hexdigest())
-
-    found: dict[str, _Image] = {}
-    problems = list(dataset.problems)
-    with ThreadPoolExecutor(_cores()) as pool:
-        results = _shown(pool.map(check, refs.values()), len(refs), progress)
-        for key, result in zip(refs, results, strict=True):
-            if isinstance(result, _Image):
-                found[key] = result
-            else:
-                problems.append(_broken(key, result, uses[key]))
-    problems += _special(dataset, special_tokens)
-    problems += _boxes(dataset, found)
+    found = scan(refs.values(), headers=headers, progress=progress)
+    faults = {**found.faults, **(_too_long(found.found) if mode == "native" else {})}
+    rows = [problem for problem in dataset.problems if not (problem.warning or problem.whole)]
+    sizes = {key: facts.size for key, facts in found.found.items()}
+    special = {**dict(_boxes(dataset, sizes)), **dict(_special(dataset, special_tokens))}
+    broken = [_broken(key, why, uses[key]) for key, why in faults.items()]
+    skipped: list[Problem] = []
+    left_out: set[str] = set()
+    counts = {"rows": 0, "images": 0, "questions": 0}
+    if skip:
+        skipped = [*rows, *special.values(), *broken]
+        about_faults = {example.id for key in faults for example in uses[key]}
+        left_out = {*special, *about_faults}
+        places = {problem.place for problem in (*rows, *special.values())}
+        counts = {
+            "rows": len(places),
+            "images": len(faults),
+            "questions": len(about_faults - special.keys()),
+        }
+        if skipped:
+            dataset = replace(dataset, examples=[e for e in dataset.examples if e.id not in left_out])
+            used = {image.key for example in dataset.examples for image in example.images}
+            uses = {k: [e for e in uses[k] if e.id not in left_out] for k in uses if k in used}
+    facts = {key: facts for key, facts in found.found.items() if key in uses and key not in faults}
+    left = {id(problem) for problem in skipped}
+    problems = [
+        replace(problem, what=f"{problem.what}; left out", warning=True) if id(problem) in left else problem
+        for problem in (*dataset.problems, *broken, *special.values())
+    ]
+    if skipped and not dataset.examples:
+        problems.append(Problem("data.on_error", "skip leaves out everything; mend the data", whole=True))
     problems += _parts(dataset, trains)
     problems += _leaks(uses, by, dataset.leaky)
-    problems += _copies(found, uses)
+    problems += _copies(facts, uses)
+    problems += _near(facts, uses)
+    problems += _junk(dataset)
     problems += _unseen_answers(dataset)
     problems += _conflicts(dataset)
     problems.sort(key=lambda problem: problem.warning)
-    return Audit(
-        problems,
-        sizes={key: image.size for key, image in found.items()},
-        digests={key: image.digest for key, image in found.items()},
-    )
+    if found.unkept:
+        what = f"cannot be written, so the images will be decoded again next time: {found.unkept}"
+        problems.append(Problem("$SURGVQA_CACHE", what, warning=True))
+    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), counts, list(_unseen(facts)))
+
+
+def _too_long(found: Mapping[str, ImageFacts]) -> dict[str, str]:
+    """Image key → what is wrong with it in mode `native`."""
+    faults = {}
+    for key, facts in found.items():
+        try:
+            check_aspect(facts.size)
+        except ValueError as error:
+            faults[key] = str(error)
+    return faults
+
+
+def _unseen(facts: Mapping[str, ImageFacts]) -> Iterator[str]:
+    """What was not looked at."""
+    headers = sum(image.digest is None for image in facts.values())
+    if headers:
+        yield (
+            f"of {_count(headers, 'image')} only the headers were read: damage behind them, copies, black "
+            "borders and near-identical images were not looked for"
+        )
+    elif any(image.phash is None for image in facts.values()):
+        yield "near-identical images were not looked for; for that: pip install 'surgvqa[audit]'"
 
 
 def report(problems: Iterable[Problem]) -> str:
@@ -220,11 +289,6 @@ def report(problems: Iterable[Problem]) -> str:
     warnings = sum(problem.warning for problem in ordered)
     counts = f"{_count(len(ordered) - warnings, 'error')}, {_count(warnings, 'warning')}"
     return "\n".join([*lines, counts])
-
-
-def _cores() -> int:
-    """The cores that this process may use: under SLURM a few of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def condensed(problems: Iterable[Problem]) -> list[str]:
@@ -245,24 +309,24 @@ def condensed(problems: Iterable[Problem]) -> list[str]:
 
 def _broken(key: str, why: str, examples: Sequence[Example]) -> Problem:
     places = ", ".join(example.place for example in examples[:3]) + (", ..." if len(examples) > 3 else "")
-    return Problem(f"image {key}", f"{why} ({_count(len(examples), 'question')}: {places})")
+    return Problem(f"image {key}", f"{why} ({_count(len(examples), 'question')}: {places})", images=(key,))
 
 
-def _special(dataset: Dataset, tokens: Collection[str]) -> Iterator[Problem]:
+def _special(dataset: Dataset, tokens: Collection[str]) -> Iterator[tuple[str, Problem]]:
+    """Ids of questions whose text holds a special token, and the problem."""
     for example in dataset.examples:
         held = sorted(token for token in tokens if any(token in text for text in example.texts))
         if held:
-            yield Problem(
-                example.place, f"holds the special token {held[0]}, which would break the conversation"
-            )
+            what = f"holds the special token {held[0]}, which would break the conversation"
+            yield example.id, Problem(example.place, what)
 
 
-def _boxes(dataset: Dataset, found: Mapping[str, _Image]) -> Iterator[Problem]:
-    """Boxes that are empty, reach out of their image, or do not fit the question's places for them."""
-    sizes = {key: image.size for key, image in found.items()}
+def _boxes(dataset: Dataset, sizes: Mapping[str, Size]) -> Iterator[tuple[str, Problem]]:
+    """Ids of questions with boxes that are empty, reach out of their image, or do not fit the question's
+    places for them, and the problem."""
     for example in dataset.examples:
         if wrong := misplaced(example, sizes):
-            yield Problem(example.place, "; ".join(wrong))
+            yield example.id, Problem(example.place, "; ".join(wrong))
 
 
 def _parts(dataset: Dataset, trains: bool) -> Iterator[Problem]:
@@ -272,44 +336,111 @@ def _parts(dataset: Dataset, trains: bool) -> Iterator[Problem]:
 
 
 def _leaks(uses: Mapping[str, Sequence[Example]], by: str, leaky: bool) -> Iterator[Problem]:
-    """Images or groups with questions in more than one part; in a `leaky` split these are warnings."""
-    image_parts = {key: {example.split for example in examples} for key, examples in uses.items()}
-    group_parts: dict[str, set[Part | None]] = defaultdict(set)
+    """Images or groups with questions in more than one part; a group also where two data sets have it.
+
+    In a `leaky` split these are warnings.
+    """
+    of_image: _Parts = {key: _first_of_parts(examples) for key, examples in uses.items()}
+    of_group: _Parts = defaultdict(dict)
     for examples in uses.values():
         for example in examples:
             if example.group and example.group not in uses:  # a group that is an image is told of as one
-                group_parts[example.group].add(example.split)
+                of_group[example.group].setdefault(example.split, example)
     cure = "the test would be on what was trained on; set data.split.by to group, or mend the split"
-    yield from _leak("images", image_parts, cure, warning=leaky)
-    yield from _leak("groups", group_parts, cure, warning=leaky or by == "image")
+    yield from _leak("images", of_image, cure, warning=leaky)
+    yield from _leak("groups", of_group, cure, warning=leaky or by == "image")
 
 
-def _leak(what: str, parts_of: Mapping[str, set[Part | None]], cure: str, warning: bool) -> Iterator[Problem]:
-    leaking = [name for name, parts in parts_of.items() if len(parts - {None}) > 1]
+_Parts = dict[str, dict[Part | None, Example]]
+"""Name of an image or a group → parts that it is in, each with the first of its questions there."""
+
+
+def _first_of_parts(examples: Iterable[Example]) -> dict[Part | None, Example]:
+    first: dict[Part | None, Example] = {}
+    for example in examples:
+        first.setdefault(example.split, example)
+    return first
+
+
+def _leak(what: str, parts_of: _Parts, cure: str, warning: bool) -> Iterator[Problem]:
+    leaking = [name for name, parts in parts_of.items() if len(parts.keys() - {None}) > 1]
     if leaking:
         counts = Counter(" and ".join(part for part in PARTS if part in parts_of[name]) for name in leaking)
         between = "; ".join(f"{count} in {parts}" for parts, count in counts.items())
+        first = parts_of[leaking[0]]
+        where = ", ".join(f"{part} at {first[part].place}" for part in PARTS if part in first)
         what = (
-            f"{len(leaking)} of {len(parts_of)} {what} are in two parts or more ({between}): {_some(leaking)}"
+            f"{len(leaking)} of {len(parts_of)} {what} are in two parts or more ({between}): "
+            f"{_some(leaking)}; the first in {where}"
         )
-        yield Problem("split", f"{what}; {cure}", warning)
+        shown = (example.images[0].key for name in leaking for example in parts_of[name].values())
+        yield Problem("split", f"{what}; {cure}", warning, images=_few(shown))
 
 
-def _copies(found: Mapping[str, _Image], uses: Mapping[str, Sequence[Example]]) -> Iterator[Problem]:
+def _copies(facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]]) -> Iterator[Problem]:
     """Images under different names but with the same bytes, in more than one part."""
     names: dict[str, list[str]] = defaultdict(list)
-    for key, image in found.items():
-        names[image.digest].append(key)
+    for key, image in facts.items():
+        if image.digest:
+            names[image.digest].append(key)
     leaking = []
     for first, *others in names.values():
         parts = {example.split for example in uses[first]}
         elsewhere = [key for key in others if any(example.split not in parts for example in uses[key])]
-        leaking += [f"{first} = {key}" for key in elsewhere[:1]]
+        leaking += [(first, key) for key in elsewhere[:1]]
     if leaking:
-        what = (
-            f"{_count(len(leaking), 'picture')} in two parts or more under different names: {_some(leaking)}"
-        )
-        yield Problem("split", what, warning=True)
+        listed = _some([f"{first} = {key}" for first, key in leaking])
+        what = f"{_count(len(leaking), 'picture')} in two parts or more under different names: {listed}"
+        yield Problem("split", what, warning=True, images=_few(key for pair in leaking for key in pair))
+
+
+def _near(facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]]) -> Iterator[Problem]:
+    """Images of val or test that look like one of another part, though their bytes differ.
+
+    Up to NEAR bits apart are the same picture after another compression, scaling or brightness, and frames of
+    a video that follow each other; cropped by a twentieth it is further off.
+    """
+    names: dict[str, list[str]] = {part: [] for part in PARTS}
+    for key, image in facts.items():
+        if image.phash:
+            names[uses[key][0].split or "train"].append(key)
+    for part, earlier in (("val", ["train"]), ("test", ["train", "val"])):
+        own = names[part]
+        others = [key for other in earlier for key in names[other]]
+        ours, theirs = ([facts[key].phash or "" for key in keys] for keys in (own, others))
+        pairs = [(own[a], others[b], bits) for a, b, bits in near(ours, theirs, NEAR)]
+        pairs = [pair for pair in pairs if facts[pair[0]].digest != facts[pair[1]].digest]
+        if pairs:
+            pairs.sort(key=lambda pair: pair[2])
+            listed = _some([f"{key} ~ {other}" for key, other, _ in pairs])
+            what = (
+                f"{len(pairs)} of {len(own)} images look like one of {' or '.join(earlier)} "
+                f"(perceptual hashes within {NEAR} of 64 bits): {listed}"
+            )
+            shown = _few(key for *pair, _ in pairs for key in pair)
+            yield Problem(part, what, warning=True, images=shown)
+
+
+def _junk(dataset: Dataset) -> Iterator[Problem]:
+    """Questions and answers that stand for a missing value."""
+    kinds = Counter(example.question_type for example in dataset.examples)
+    nones = Counter(
+        example.question_type for example in dataset.examples if example.answers[0].lower() == "none"
+    )
+    found: dict[str, list[tuple[str, Example]]] = defaultdict(list)
+    for example in dataset.examples:
+        kind, answer = example.question_type, example.answers[0]
+        if example.question.lower() in JUNK or example.question.lower() == "none":
+            found["question"].append((example.question, example))
+        # "none" is what many data sets say where there is nothing to name, but then they say it often.
+        odd = answer.lower() == "none" and nones[kind] < RARE_NONE * kinds[kind]
+        if odd or answer.lower() in JUNK:
+            found["answer"].append((answer, example))
+    for what, rows in found.items():
+        counts = _counted(Counter(text for text, _ in rows))
+        verb = "stands" if len(rows) == 1 else "stand"
+        told = f"{_count(len(rows), what)} that {verb} for a missing value: {counts}"
+        yield Problem(rows[0][1].place, told, warning=True)
 
 
 def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
@@ -329,28 +460,30 @@ def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
 def _conflicts(dataset: Dataset) -> Iterator[Problem]:
     """Questions asked twice about one image, with different answers."""
     answers: dict[tuple[object, ...], set[str]] = defaultdict(set)
-    place: dict[tuple[object, ...], str] = {}
+    first: dict[tuple[object, ...], Example] = {}
     for example in dataset.examples:
         asked = example.image_key, example.question, example.asked_regions
         answers[asked].add(example.answers[0])
-        place.setdefault(asked, example.place)
+        first.setdefault(asked, example)
     conflicting = [asked for asked, given in answers.items() if len(given) > 1]
     if conflicting:
-        listed = ", ".join(f"{asked[1]!r} on {asked[0]} at {place[asked]}" for asked in conflicting[:_SHOWN])
+        listed = ", ".join(
+            f"{asked[1]!r} on {asked[0]} at {first[asked].place}" for asked in conflicting[:_SHOWN]
+        )
         more = ", ..." if len(conflicting) > _SHOWN else ""
         what = f"{_count(len(conflicting), 'question')} asked again about the same image, with another answer"
-        yield Problem("answers", f"{what}: {listed}{more}", warning=True)
+        shown = _few(first[asked].images[0].key for asked in conflicting)
+        yield Problem("answers", f"{what}: {listed}{more}", warning=True, images=shown)
 
 
-def _shown(results: Iterator[_Image | str], total: int, progress: bool) -> Iterable[_Image | str]:
-    if not progress:
-        return results
-    from rich.progress import track
+def repeated(dataset: Dataset) -> int:
+    """How many questions are asked again about the same image, with the same answer."""
+    asked = Counter((e.image_key, e.question, e.asked_regions, e.answers[0]) for e in dataset.examples)
+    return asked.total() - len(asked)
 
-    from surgvqa.terminal import Console
 
-    console = Console(stderr=True)
-    return track(results, "images", total, console=console, transient=True, disable=not console.is_terminal)
+def _few(keys: Iterable[str]) -> tuple[str, ...]:
+    return tuple(itertools.islice(dict.fromkeys(keys), _PICTURES))
 
 
 def _some(names: Sequence[str]) -> str:

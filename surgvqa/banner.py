@@ -75,6 +75,9 @@ def banner(
     yield f"precision   {numbers}, TF32 {tf32}, attention {compute.attn}"
     parts = {part: len(prepared.dataset.part(part)) for part in ("train", "val", "test")}
     yield "data        " + ", ".join(f"{count:,} {part}" for part, count in parts.items()) + " questions"
+    if any(prepared.skipped_counts.values()):
+        left = ", ".join(f"{count:,} {what}" for what, count in prepared.skipped_counts.items())
+        yield f"            left out: {left}; see skipped.jsonl"
     resuming = f"; resuming after step {start:,}" if start else ""
     yield f"steps       {plan.steps_per_epoch:,} per epoch, {total:,} in all{resuming}"
     if plan.stage is not None:

@@ -12,43 +12,66 @@ from surgvqa.recipe import BadInput
 
 
 def check(argv: Sequence[str]) -> int:
-    """Read recipes and their data and list everything that is wrong; imports no torch."""
+    """Read recipes and their data, list everything that is wrong, write a report; imports no torch."""
     parser = argparse.ArgumentParser(
-        "surgvqa check", description=check.__doc__, usage="surgvqa check [-h] RECIPE ... [key=value ...]"
+        "surgvqa check",
+        description=check.__doc__,
+        usage="surgvqa check [-h] [--headers] [--out FOLDER] RECIPE ... [key=value ...]",
     )
     parser.add_argument(
         "recipes", nargs="+", metavar="RECIPE", help="recipe files; key=value overrides may follow"
+    )
+    parser.add_argument(
+        "--headers", action="store_true", help="read rows and the headers of images, and decode none"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("audit"),
+        metavar="FOLDER",
+        help="where audit.json and audit.html go, in a folder named like the recipe (default: audit)",
     )
     given = parser.parse_intermixed_args(argv)
     overrides = [word for word in given.recipes if "=" in word and not Path(word).exists()]
     files = [word for word in given.recipes if word not in overrides]
     if not files:
         parser.error("give at least one recipe")
-    return max(_check(file, overrides) for file in files)
+    names = [Path(file).stem for file in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        parser.error(f"{', '.join(twice)}: several recipes of that name would write the same files")
+    return max(_check(file, overrides, given.out, given.headers) for file in files)
 
 
-def _check(file: str, overrides: Sequence[str]) -> int:
-    """Print what is wrong with one recipe, its data and its model's folder; returns the exit code."""
-    from surgvqa import audit, hub
+def _check(file: str, overrides: Sequence[str], out: Path, headers: bool) -> int:
+    """Print and write what is wrong with one recipe, its data and its model; returns the exit code."""
+    from surgvqa import findings, hub
+    from surgvqa.terminal import Console
 
     try:
         settings = recipe.load(file, overrides)
     except BadInput as error:
         return recipe.explain(error)
-    code, special_tokens = 0, frozenset[str]()
+    code, folder = 0, None
     try:
-        special_tokens = hub.find(settings.model.name, settings.model.revision).special_tokens
+        folder = hub.find(settings.model.name, settings.model.revision)
     except BadInput as error:
         if hub.is_remote(settings.model.name):
             print(recipe.printable(f"{file}: the model was not looked at: {error}"))
         else:
             code = recipe.explain(error)
+    found = findings.examine(file, settings, folder, headers=headers, progress=True)
     try:
-        _, found = audit.load_and_audit(settings, special_tokens, progress=True)
+        written = found.write(out / Path(file).stem)
     except BadInput as error:
         return recipe.explain(error)
-    print(f"{file}: {audit.report(found.problems)}")
-    return BadInput.exit_code if any(not problem.warning for problem in found.problems) else code
+    if "parts" not in found.content:  # nothing could be read
+        return recipe.explain(BadInput([problem.what for problem in found.problems]))
+    console = Console()
+    console.print(found.table())
+    for line in (*found.lines(), f"written: {written[0]}, {written[1]}"):
+        console.print(line, soft_wrap=True, highlight=False)
+    print(f"{file}: {found.report()}")
+    return BadInput.exit_code if found.failed else code
 
 
 def split(argv: Sequence[str]) -> int:

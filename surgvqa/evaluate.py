@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from surgvqa import checkpoint, grounding, metrics, processes, recipe
+from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
 from surgvqa.endings import PeerLost, Preempted, Stop
@@ -177,6 +179,8 @@ def examine(
             advance=lambda done: advance(done * accelerator.num_processes),
         )
     result = {**metrics.scores(predictions, prepared.prior()), "split": part, "checkpoint": folder.name}
+    if prepared.recipe.data.on_error == "skip":
+        result["skipped"] = prepared.skipped_counts
     if overrides:
         result["overrides"] = list(overrides)
     if accelerator.is_main_process:
@@ -221,6 +225,9 @@ def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ())
         raise BadInput(f"{run}: the data has no {part} part to evaluate; choose another with --split")
     questions = prepared.questions(part, asked=True)
     prepared.plan(questions)  # finds what cannot fit before the model loads
+    if accelerator.is_main_process:
+        for warning in condensed(replace(p, what=f"{p.what}; left out") for p in prepared.skipped):
+            log.warning("warning: %s", warning)
     network = prepared.network(folder).to(accelerator.device)
     result = examine(
         network,

@@ -1,6 +1,6 @@
 """From an image as stored to the canvas a model sees, and back again for boxes.
 
-    bytes ── source_size ──▶ (width, height) ── plan_canvas ──▶ Canvas
+    bytes ── header ───────▶ Header(size, …) ── plan_canvas ──▶ Canvas
     bytes ── open_rgb ─────▶ PIL image ──────── draw ─────────▶ PIL image of exactly the canvas's size
 
 A canvas follows from the source's size alone, so the number of image tokens is known from the header.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from io import BytesIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -166,14 +167,34 @@ def _native_size(width: int, height: int, max_tokens: int, factor: int) -> Size:
     return columns * factor, rows * factor
 
 
-def source_size(data: bytes) -> Size:
-    """Width and height in pixels, EXIF orientation applied, from the header alone.
+@dataclass(frozen=True)
+class Header:
+    """What an image's first bytes say of it."""
 
-    Raises ValueError with a plain message where the bytes are no image or it is too large.
+    size: Size
+    """Width and height in pixels, EXIF orientation applied."""
+    format: str
+    """One of FORMATS."""
+    mode: str
+    """PIL's name of the pixels' type, such as RGB, L, P, CMYK or I;16."""
+    turned: bool
+    """Whether EXIF says that the picture is to be turned or mirrored."""
+
+
+def header(source: bytes | BinaryIO) -> Header:
+    """Read the header alone, of bytes or of an open file, no more of which is read than that takes.
+
+    Raises ValueError with a plain message where this is no image or it is too large.
     """
-    image = _open(data)
-    turned = _TURNS.get(_orientation(image)) in _SWAPPING
-    return (image.height, image.width) if turned else image.size
+    image = _open(source)
+    turn = _TURNS.get(_orientation(image))
+    size = (image.height, image.width) if turn in _SWAPPING else image.size
+    return Header(size, str(image.format), image.mode, turn is not None)
+
+
+def source_size(data: bytes) -> Size:
+    """`header(data).size`."""
+    return header(data).size
 
 
 def open_rgb(data: bytes) -> Image.Image:
@@ -222,12 +243,14 @@ _TURNS = {
 _SWAPPING = {_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]}
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(source: bytes | BinaryIO) -> Image.Image:
     """The image with only its header read. Raises ValueError."""
-    if not data:
+    file = BytesIO(source) if isinstance(source, bytes) else source
+    if not file.read(1):
         raise ValueError("is empty (0 bytes)")
+    file.seek(0)
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"is not an image (none of {', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

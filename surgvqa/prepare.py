@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ class Prepared:
     digests: dict[str, str]
     """Image key → SHA-256 of the image's bytes."""
     warnings: list[str]
+    skipped: list[datasets.Problem]
+    """What `data.on_error: skip` left out of `dataset`."""
+    skipped_counts: dict[str, int]
+    """How many rows, images and questions that was."""
     tokens_per_micro_batch: int | None = None
     """What was found to fit; None before that is known."""
 
@@ -142,14 +146,21 @@ class Prepared:
     def prior(self) -> Prior:
         return Prior(self.dataset.part("train"))
 
-    def fingerprint(self) -> str:
-        """SHA-256 of what is trained on: ids, questions, answers, boxes and images' digests, in order."""
-        digest = hashlib.sha256()
-        for example in self.dataset.part("train"):
-            images = [self.digests[image.key] for image in example.images]
-            boxes = [regions for regions in (example.regions, example.asked_regions) if regions]
-            digest.update(repr((example.id, example.question, example.answers, images, *boxes)).encode())
-        return digest.hexdigest()
+    def fingerprint(self) -> dict[str, str | int]:
+        """What is trained on, so that a change can be named: how many questions, and their digests.
+
+        `questions` counts them; `order` is of their ids in order, `ids`, `texts` (with all answers and
+        boxes) and `images` (of the images' bytes) are in the order of the ids.
+        """
+        examples = self.dataset.part("train")
+        ordered = sorted(examples, key=lambda example: example.id)
+        return {
+            "questions": len(examples),
+            "order": _digest(example.id for example in examples),
+            "ids": _digest(example.id for example in ordered),
+            "texts": _digest((e.id, e.question, e.answers, e.regions, e.asked_regions) for e in ordered),
+            "images": _digest((e.id, [self.digests[image.key] for image in e.images]) for e in ordered),
+        }
 
     def class_of(self, example: datasets.Example) -> str:
         """What data.balance makes equally frequent of an example."""
@@ -182,9 +193,10 @@ def prepare(
     process alone, which tells the others. Raises BadInput with all errors of data and model folder.
     """
     image, settings = recipe.image, recipe.model
-    loaded = []
+    loaded: list[datasets.Dataset] = []
+    ids: list[str] = []
 
-    def examine() -> Audit:
+    def examine() -> tuple[Audit, str]:
         """Everything at once: what is wrong with the data is not hidden behind a model that is not there."""
         errors, special_tokens, found = [], frozenset[str](), None
         try:
@@ -202,17 +214,23 @@ def prepare(
         try:
             dataset, found = load_and_audit(recipe, special_tokens, evaluated=evaluated, progress=progress)
             loaded.append(dataset)
+            ids.append(_digest(example.id for example in dataset.examples))
             errors += condensed(problem for problem in found.problems if not problem.warning)
         except BadInput as error:
             errors += error.problems
         if errors or found is None:
             raise BadInput(errors)
-        return found
+        return found, ids[0]
 
-    found = main_first(accelerator, examine)
+    found, kept = main_first(accelerator, examine)
     # The main process fetched the model's files; each process finds them on its own node.
     folder = hub.find(recipe.model.name, recipe.model.revision)
-    dataset = loaded[0] if loaded else datasets.load(recipe.data)
+    dataset = loaded[0] if loaded else found.kept(datasets.load(recipe.data))
+    if _digest(example.id for example in dataset.examples) != kept:
+        raise BadInput(
+            f"data.path: this process reads other questions in {recipe.data.path} than the main process; see "
+            "that its node has the same files"
+        )
     chat = ChatTokens(folder, system=recipe.prompt.system, instructions=recipe.prompt.instructions)
     canvases = {
         key: letterbox.plan_canvas(
@@ -221,13 +239,28 @@ def prepare(
         for key, size in found.sizes.items()
     }
     return Prepared(
-        recipe, folder, chat, dataset, canvases, found.digests, [str(problem) for problem in found.problems]
+        recipe,
+        folder,
+        chat,
+        dataset,
+        canvases,
+        found.digests,
+        condensed(problem for problem in found.problems if problem.warning),
+        found.skipped,
+        found.counts,
     )
 
 
 def _stages(examples: Sequence[datasets.Example]) -> NDArray[np.int64]:
     """(questions,) stages; the audit refuses training questions without one, and others have no order."""
     return np.array([example.stage or 0 for example in examples], np.int64)
+
+
+def _digest(values: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(repr(value).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _some(examples: list[datasets.Example], most: int, seed: int) -> list[datasets.Example]:

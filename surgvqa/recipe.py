@@ -231,6 +231,10 @@ class Data(Source):
     labels: dict[str, list[str]] = {}
     """Question type → the closed set of its answers: `eval.answers: labels` chooses among them, and other
     answers in the data are reported. A type that is not here has its corpus's own set, where there is one."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What bad rows and images do: `fail` lists them all and ends; `skip` leaves them and the questions about
+    them out of training and evaluation, and writes what and why to skipped.jsonl and how many into the
+    scores."""
     workers: int | None = Field(None, ge=0)
     """Processes that read images ahead, per training process; null: chosen from the cores at hand."""
 

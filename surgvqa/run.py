@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from surgvqa import checkpoint, endings, lock
+from surgvqa.datasets import Problem
 from surgvqa.endings import ENDED
 from surgvqa.lock import METRICS, Lock
 from surgvqa.processes import main_first
@@ -40,9 +41,12 @@ RECENT = 50
 
 CHANGES = "changes.jsonl"
 
+SKIPPED = "skipped.jsonl"
+"""What data.on_error: skip left out, a line for each row or image; only where there was anything."""
+
 HARMLESS = (
-    "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.labels", "data.workers",
-    "data.split.path", "model.attn", "batch.tokens_per_micro_batch", "batch.trees",
+    "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.labels", "data.on_error",
+    "data.workers", "data.split.path", "model.attn", "batch.tokens_per_micro_batch", "batch.trees",
     "train.checkpoint_layers", "train.compile", "train.max_hours", "train.peer_timeout",
 )  # fmt: skip
 """Keys, or sections, that may differ between the runs of one experiment: they do not change what is
@@ -84,7 +88,7 @@ class _State(BaseModel):
 
     model_config = ConfigDict(strict=True)
     step: int
-    data: str
+    data: dict[str, int | str]
     skipped: int
     settled: bool
     fitted: list[int | str]
@@ -170,6 +174,15 @@ def owned(run: Path, accelerator: Accelerator) -> Iterator[None]:
             locks[0].release()
 
 
+def record_skipped(run: Path, skipped: Sequence[Problem]) -> None:
+    """Write skipped.jsonl, or remove that of a former start where nothing is skipped any more."""
+    if not skipped:
+        (run / SKIPPED).unlink(missing_ok=True)
+        return
+    rows = [{"place": problem.place, "why": problem.what} for problem in skipped]
+    checkpoint.write_text(run / SKIPPED, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def end(run: Path, code: int, reason: str) -> None:
     """Write `ended.json`: how the run ended, for scripts and for `surgvqa status`."""
     content = {
@@ -192,6 +205,7 @@ def clear(run: Path) -> None:
         "recipe.yaml",
         ENDED,
         CHANGES,
+        SKIPPED,
         *RECORDS,
         "predictions*.jsonl",
         "scores*.json",
@@ -202,7 +216,9 @@ def clear(run: Path) -> None:
             file.unlink()
 
 
-def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: bool = False) -> Resume | None:
+def resumable(
+    run: Path, settings: Recipe, fingerprint: Mapping[str, str | int], accept_changes: bool = False
+) -> Resume | None:
     """The newest checkpoint that is whole. Raises BadInput where it is another experiment's.
 
     With `accept_changes` it goes on all the same, unless other weights would train.
@@ -247,15 +263,15 @@ def resumable(run: Path, settings: Recipe, fingerprint: str, accept_changes: boo
     )
 
 
-def differences(folder: Path, settings: Recipe, fingerprint: str) -> list[str]:
+def differences(folder: Path, settings: Recipe, fingerprint: Mapping[str, str | int]) -> list[str]:
     """What a checkpoint was trained with and a recipe and the digest of its data do not say."""
     found = [
         difference
         for difference in checkpoint.recipe_of(folder).differences(settings)
         if not _among(HARMLESS, difference.partition(":")[0])
     ]
-    if _state(folder).data != fingerprint:
-        found.append("the training data: its questions, answers, order or images are not what they were")
+    if (data := _state(folder).data) != fingerprint:
+        found.append(f"the training data: {_data_difference(data, fingerprint)}")
     return found
 
 
@@ -320,6 +336,19 @@ def _finished(run: Path) -> bool:
         return bool(json.loads((run / ENDED).read_text(encoding="utf-8"))["code"] == 0)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _data_difference(old: Mapping[str, str | int], new: Mapping[str, str | int]) -> str:
+    """What changed between two fingerprints of `prepare`."""
+    if old.get("questions") != new["questions"]:
+        return f"{old.get('questions')} questions → {new['questions']}"
+    if old.get("ids") != new["ids"]:
+        return "other questions, by their ids"
+    names = {"texts": "the texts of questions or answers", "images": "the bytes of images"}
+    changed = [what for key, what in names.items() if old.get(key) != new[key]]
+    if old.get("order") != new["order"]:
+        changed.append("the order of the questions")
+    return " and ".join(changed) + " changed"
 
 
 def _state(folder: Path) -> _State:

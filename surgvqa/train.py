@@ -45,8 +45,9 @@ from surgvqa.run import (
     identity,
     owned,
     record_changes,
+    record_skipped,
     resumable,
-)  # fmt: skip
+)
 from surgvqa.terminal import Console
 from surgvqa.tree import packs, workers_watched
 
@@ -163,6 +164,7 @@ def _train(
         if resume:
             record_changes(run, resume)
         checkpoint.write_text(run / "recipe.yaml", settings.dump())
+        record_skipped(run, prepared.skipped)
     for line in banner(
         prepared, questions, plan, network, accelerator, compute, fitting, total, start, adapter
     ):

@@ -10,11 +10,12 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from conftest import noise_image
 from PIL import Image
 from sources import load
 
-from surgvqa import recipe
-from surgvqa.audit import Audit, audit, load_and_audit, report
+from surgvqa import recipe, scan
+from surgvqa.audit import Audit, audit, load_and_audit, repeated, report
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem, Region
 from surgvqa.recipe import Part
 
@@ -301,6 +302,120 @@ def test_special_tokens_in_a_text_are_errors(build: Builder) -> None:
     result = audit(hostile, mode="letterbox", special_tokens={"<|im_end|>", "<|image_pad|>"})
     assert "error: q.jsonl:1: holds the special token <|im_end|>" in found(result)
     assert "special token" not in found(check(hostile))
+
+
+def test_near_identical_images_in_two_parts(build: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = noise_image(200, 150, 7)
+    for name, part, look in (
+        ("a.png", "train", picture), ("b.png", "train", picture.resize((100, 75))),
+        ("c.png", "test", picture.resize((180, 140))), ("d.png", "val", noise_image(200, 150, 8)),
+    ):  # fmt: skip
+        look.save(build.folder / name)
+        build.add(name, part)  # type: ignore[arg-type]
+    result = check(build.dataset())
+    (problem,) = result.problems
+    assert problem.warning
+    what = "1 of 1 images look like one of train or val (perceptual hashes within 4 of 64 bits): c.png ~ "
+    assert problem.what in (what + "a.png", what + "b.png")
+    assert problem.images[0] == "c.png"
+    assert result.notes == []
+    # Without the library that is said, and nothing is remembered of what it would have found.
+    monkeypatch.setenv("SURGVQA_CACHE", str(build.folder / "cache"))
+    monkeypatch.setattr(scan, "find_spec", lambda name: None)
+    result = check(build.dataset())
+    assert result.problems == []
+    assert result.notes == [
+        "near-identical images were not looked for; for that: pip install 'surgvqa[audit]'"
+    ]
+
+
+def test_junk_answers_are_counted(build: Builder) -> None:
+    for number, answer in enumerate(["N/A", "n/a", "?", *["none"] * 40, *["polyp"] * 60]):
+        build.add("train.png", "train", answer, question=f"Which, {number}?")
+    (said,) = check(build.dataset()).problems
+    assert str(said) == ("q.jsonl:4: 3 answers that stand for a missing value: 'N/A' (1), 'n/a' (1), '?' (1)")
+    # Where hardly any answer is none, it is a gap.
+    for number in range(4000):
+        build.add("train.png", "train", "polyp", question=f"Which else, {number}?")
+    (said,) = check(build.dataset()).problems
+    assert "43 answers that stand for a missing value: 'none' (40)" in said.what
+    build.add("train.png", "train", "yes", question="None")
+    assert "1 question that stands for a missing value: 'None' (1)" in found(check(build.dataset()))
+
+
+def test_a_video_of_two_data_sets_in_different_parts(tmp_path: Path) -> None:
+    for name, part in (("cholec80", "train"), ("ssg", "test")):
+        (tmp_path / name).mkdir()
+        noise_image(60, 50, len(name)).save(tmp_path / name / "a.png")
+        row = {
+            "image": "a.png",
+            "question": "Q?",
+            "answer": "yes",
+            "group": "cholec80/video01",
+            "split": part,
+        }
+        (tmp_path / name / "q.jsonl").write_text(json.dumps(row) + "\n")
+    more = [{"format": "jsonl", "path": str(tmp_path / "ssg" / "q.jsonl")}]
+    said = found(check(load("jsonl", tmp_path / "cholec80" / "q.jsonl", more=more)))
+    assert (
+        "error: split: 1 of 1 groups are in two parts or more (1 in train and test): cholec80/video01; the "
+        f"first in train at {tmp_path}/cholec80/q.jsonl:1, test at {tmp_path}/ssg/q.jsonl:1; " in said
+    )
+
+
+def test_questions_there_again_are_counted(build: Builder) -> None:
+    for _ in range(3):
+        build.add("train.png", "train")
+    assert repeated(build.dataset()) == 3
+    assert check(build.dataset()).problems == []
+
+
+def test_headers_alone(build: Builder) -> None:
+    Image.effect_noise((64, 64), 80).save(build.folder / "cut.jpg")
+    (build.folder / "cut.jpg").write_bytes((build.folder / "cut.jpg").read_bytes()[:-200])
+    build.add("cut.jpg", "train")
+    result = audit(build.dataset(), mode="letterbox", headers=True)
+    assert result.problems == []
+    assert result.sizes["cut.jpg"] == (64, 64)
+    assert result.digests == {}
+    assert result.notes[0].startswith("of 4 images only the headers were read")
+
+
+def test_skip_leaves_out_what_is_bad_and_says_so(build: Builder) -> None:
+    (build.folder / "text.jpg").write_text("an error page")
+    build.add("text.jpg", "test", group="video of train")  # a leak, were it not left out
+    build.add("text.jpg", "test")
+    build.add("val.png", "val", question="What <|im_end|> is this?")
+    bad = Problem("q.jsonl:99", "answer is empty"), Problem("q.jsonl:99", "image is missing")
+    dataset = build.dataset(*bad, Problem("data", "has warned", warning=True))
+    result = audit(dataset, mode="letterbox", special_tokens={"<|im_end|>"}, skip=True)
+    assert [str(problem) for problem in result.problems] == [
+        "q.jsonl:99: answer is empty; left out",
+        "q.jsonl:99: image is missing; left out",
+        "data: has warned",
+        "image text.jpg: is not an image (none of JPEG, PNG, BMP, TIFF, WEBP, GIF, PPM) "
+        "(2 questions: q.jsonl:4, q.jsonl:5); left out",
+        "q.jsonl:6: holds the special token <|im_end|>, which would break the conversation; left out",
+    ]
+    assert all(problem.warning for problem in result.problems)
+    assert result.counts == {"rows": 2, "images": 1, "questions": 2}
+    assert [e.id for e in result.kept(dataset).examples] == ["1", "2", "3"]
+    strict = audit(dataset, mode="letterbox", special_tokens={"<|im_end|>"})
+    assert sum(not problem.warning for problem in strict.problems) == 5  # those four, and the leak
+    assert (strict.skipped, strict.left_out) == ([], frozenset())
+
+
+def test_skip_does_not_hide_what_is_not_about_rows(build: Builder) -> None:
+    build.add("train.png", "test")
+    whole = Problem("q.csv:1", "lacks the columns image", whole=True)
+    said = found(audit(build.dataset(whole), mode="letterbox", skip=True))
+    assert "error: q.csv:1: lacks the columns image\n" in said
+    assert "error: split: 1 of 3 images" in said
+    for image in build.folder.iterdir():
+        image.write_text("")
+    assert "error: data.on_error: skip leaves out everything" in found(
+        audit(build.dataset(), mode="letterbox", skip=True)
+    )
 
 
 def test_real_frames() -> None:

@@ -15,7 +15,20 @@ from conftest import write_jsonl
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are beside the package, not in it
 
-from benchmarks import charts, checkpoint, data, decode, grouping, labels, options, peer, plan, train, where  # noqa: E402
+from benchmarks import (  # noqa: E402
+    audit,
+    charts,
+    checkpoint,
+    data,
+    decode,
+    grouping,
+    labels,
+    options,
+    peer,
+    plan,
+    train,
+    where,
+)
 from benchmarks.record import RESULTS  # noqa: E402
 
 TINY = ["--size", "tiny", "--canvas", "112", "--rounds", "2", "--device", "cpu"]
@@ -114,6 +127,13 @@ def test_a_checkpoints_cost_is_told_in_steps(results: Path) -> None:
         assert row["waited_steps"]["median"] == pytest.approx(
             row["waited_s"]["median"] / row["step_s"]["median"], rel=0.5
         )
+
+
+def test_an_audit_decodes_once(tmp_path: Path) -> None:
+    assert audit.main(["--images", "8", "--questions", "40", "--out", str(tmp_path)]) == 0
+    rows = written(tmp_path / "audit.json")["rows"]
+    assert [(row["decoded"], row["images"]) for row in rows[:3]] == [(0, 8), (8, 8), (0, 8)]
+    assert "| everything again |" in charts.tables(tmp_path)["audit"]
 
 
 def test_options_learn_the_same(results: Path) -> None:

@@ -24,7 +24,8 @@ train: {max_steps: 2, lr: 1.0e-3, precision: fp32}
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # `check` and `show` write into the working folder
     data = write_jsonl(tmp_path / "data", images=12)
     file = tmp_path / "small.yaml"
     file.write_text(RECIPE.replace("jsonl}", f"jsonl, path: {data}}}") + f"output: {tmp_path / 'run'}\n")

@@ -15,15 +15,15 @@ from surgvqa import recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
-    "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "grounding", "metrics", "audit", "hub",
-    "tokens", "tree", "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint",
-    "decode", "prepare", "evaluate", "banner", "lock", "run", "peers", "replay", "train", "show", "launch",
-    "slurm", "cli",
+    "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "scan", "grounding", "metrics",
+    "audit", "hub", "findings", "tokens", "tree", "plan", "attention", "model", "flops", "loss",
+    "processes", "memory", "checkpoint", "decode", "prepare", "evaluate", "banner", "lock", "run", "peers",
+    "replay", "train", "show", "launch", "slurm", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
-    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "grounding", "audit", "hub", "metrics",
-    "launch", "slurm", "cli",
+    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "scan", "grounding", "metrics",
+    "audit", "hub", "findings", "launch", "slurm", "cli",
 ]  # fmt: skip
 
 
@@ -63,10 +63,11 @@ def test_the_data_side_imports_no_torch(name: str) -> None:
 
 def test_checking_a_recipe_imports_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from surgvqa.cli import main; code = main(['check', 'recipes/demo.yaml']);"
+        "import sys; from surgvqa.cli import main; code = main(['check', *sys.argv[1:]]);"
         "sys.exit(code or 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "recipes/demo.yaml", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "0 errors" in done.stdout
 

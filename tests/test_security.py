@@ -163,7 +163,7 @@ def test_code_of_a_model_folder_is_not_run(place: Place) -> None:
     vision["attn_implementation"] = vision["_attn_implementation"] = "evil/kernel"
     place.set(place.model / "config.json", vision_config=vision, attn_implementation="evil/kernel")
     place.pickle(place.model / "pytorch_model.bin")
-    assert place.start("check", "recipe.yaml").returncode == 0
+    assert place.start("check", "recipe.yaml", "--out", "run/audit").returncode == 0
     assert place.start("train", "recipe.yaml", "--fresh", "--yes").returncode == 0
 
 
@@ -301,7 +301,7 @@ def test_check_of_a_hostile_recipe(place: Place) -> None:
     (place.folder / "evil.yaml").write_text(
         RECIPE + f"prompt: {{system: !!python/object/apply:os.system ['touch {place.canary}']}}\n"
     )
-    done = place.start("check", "evil.yaml", f"output=$(touch {place.canary})")
+    done = place.start("check", "evil.yaml", "--out", "run/audit", f"output=$(touch {place.canary})")
     assert done.returncode == 2
     assert "are not allowed" in done.stderr
 
@@ -309,7 +309,10 @@ def test_check_of_a_hostile_recipe(place: Place) -> None:
 def test_a_recipe_does_not_choose_what_is_written(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """The demo is drawn in the cache alone; a folder with other things in it is no run's."""
     with place.unharmed():
-        assert cli.main(["check", "recipe.yaml", "data={format: demo, path: elsewhere}"]) == 2
+        assert (
+            cli.main(["check", "recipe.yaml", "data={format: demo, path: elsewhere}", "--out", "run/audit"])
+            == 2
+        )
         assert cli.main(["train", "recipe.yaml", "output=.", "--fresh", "--yes"]) == 2
     said = capsys.readouterr().err
     assert "no such file or folder" in said
@@ -402,13 +405,13 @@ def test_a_checkpoint_is_refused(place: Place, name: str) -> None:
     assert any(said in problem for problem in checkpoint.verify(place.saved))
 
 
-@pytest.mark.parametrize("state", ["[]", "{}", '{"step": -5, "data": "", "skipped": 0, "settled": true}',
+@pytest.mark.parametrize("state", ["[]", "{}", '{"step": -5, "data": {}, "skipped": 0, "settled": true}',
                                    '{"step": "2", "data": "", "skipped": 1e999, "settled": 3}'])  # fmt: skip
 def test_a_state_of_other_types_is_refused(place: Place, state: str) -> None:
     (place.saved / "state.json").write_text(state)
     place.sign()
     with pytest.raises(BadInput, match=r"state\.json: (not a checkpoint's state|says step -5)"):
-        resumable(place.run, recipe.load("recipe.yaml"), "")
+        resumable(place.run, recipe.load("recipe.yaml"), {})
 
 
 def test_another_models_adapters_and_optimizer_are_refused(
@@ -533,7 +536,7 @@ def test_escapes_in_data_are_shown_as_text(place: Place, capfd: pytest.CaptureFi
     assert cli.main(["train", "recipe.yaml", "--fresh", "--yes", "loss.class_weights=inverse"]) == 0
     assert cli.main(["show", "recipe.yaml", "--out", "run/show"]) == 0
     data.write_text(text.replace('"0.png"', f'"{hostile}.png"'))
-    assert cli.main(["check", "recipe.yaml"]) == 2
+    assert cli.main(["check", "recipe.yaml", "--out", "run/audit"]) == 2
     said = capfd.readouterr()
     plain(said.out + said.err)
     assert said.out.count("\\x1b]") > 2

@@ -143,6 +143,10 @@ class Problem:
     place: str
     what: str
     warning: bool = False
+    whole: bool = False
+    """Whether it is about a table or all of the data: nothing that `data.on_error: skip` can leave out."""
+    images: tuple[str, ...] = ()
+    """Keys of images to look at."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.what}"
@@ -216,7 +220,7 @@ def _of_stages(examples: list[Example], stages: Sequence[int]) -> tuple[list[Exa
     if found and (lacking := sorted(wanted - found.keys())):
         has = ", ".join(map(str, sorted(found)))
         what = f"no question is of stage {', '.join(map(str, lacking))}; the data has {has}"
-        problems.append(Problem("data.stages", what))
+        problems.append(Problem("data.stages", what, whole=True))
     left = sorted(found.keys() - wanted)
     if left:
         others = ", ".join(f"{found[stage]} of stage {stage}" for stage in left)

@@ -86,16 +86,16 @@ class _File:
 
     def rows(self) -> Iterator[Example | Problem]:
         if not self._file.is_file():  # reading a pipe would wait for ever
-            yield Problem(str(self._file), "is not a file")
+            yield Problem(str(self._file), "is not a file", whole=True)
             return
         try:
             content = json.loads(self._file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
-            yield Problem(str(self._file), f"cannot be read as JSON: {error}")
+            yield Problem(str(self._file), f"cannot be read as JSON: {error}", whole=True)
             return
         for key in ("categories", "images", "annotations"):
             if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
-                yield Problem(str(self._file), f"has no list of {key}, as COCO detections do")
+                yield Problem(str(self._file), f"has no list of {key}, as COCO detections do", whole=True)
                 return
         names: dict[object, str] = {}
         files: dict[object, str] = {}

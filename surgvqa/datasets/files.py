@@ -51,7 +51,7 @@ def rows_of(
         try:
             table = open_parquet([file], image)
         except ValueError as error:
-            yield Problem(str(file), str(error))
+            yield Problem(str(file), str(error), whole=True)
             return
         yield from table_rows(table, str(file), needed, wanted, image)
     elif suffix == ".csv":
@@ -122,7 +122,7 @@ def jsonl_rows(file: Path) -> Iterator[Row | Problem]:
     try:
         lines = file.open("rb")
     except OSError as error:
-        yield Problem(str(file), f"cannot be read: {error.strerror}")
+        yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
     with lines:
         for number, line in enumerate(lines, start=1):
@@ -150,7 +150,7 @@ def json_rows(file: Path) -> Iterator[Row | Problem]:
         # Bytes that are not UTF-8 pass as lone surrogates here and are refused by `as_text`.
         stream = file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
-        yield Problem(str(file), f"cannot be read: {error.strerror}")
+        yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
     with stream:
         text, decoder, number = _Pieces(stream), _Decoder(), 0
@@ -158,7 +158,7 @@ def json_rows(file: Path) -> Iterator[Row | Problem]:
         if first != "[":
             found = {"": "is empty", "{": "begins with an object"}.get(first, f"begins with {first!r}")
             hint = "; name it .jsonl if it is one object per line" if first == "{" else ""
-            yield Problem(str(file), f"{found}; it must be a list of objects, in [ and ]{hint}")
+            yield Problem(str(file), f"{found}; it must be a list of objects, in [ and ]{hint}", whole=True)
             return
         text.at += 1
         try:
@@ -176,14 +176,14 @@ def json_rows(file: Path) -> Iterator[Row | Problem]:
             place = f"{file}:{text.line + error.lineno - 1}"
             column = error.colno + (text.column if error.lineno == 1 else 0)
             where = f"row {number + 1} and what follows it cannot be read"
-            yield Problem(place, f"is not valid JSON: {error.msg} at column {column}; {where}")
+            yield Problem(place, f"is not valid JSON: {error.msg} at column {column}; {where}", whole=True)
         except RecursionError as error:
             what = f"is not usable JSON: {error}; row {number + 1} and what follows it cannot be read"
-            yield Problem(str(file), what)
+            yield Problem(str(file), what, whole=True)
         else:
             text.at += 1
             if text.next():
-                yield Problem(str(file), "has text after the list's closing ]")
+                yield Problem(str(file), "has text after the list's closing ]", whole=True)
 
 
 class _Pieces:
@@ -237,7 +237,7 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
         # Bytes that are not UTF-8 pass as lone surrogates here and are refused by `as_text`.
         lines = file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
-        yield Problem(str(file), f"cannot be read: {error.strerror}")
+        yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
     with lines:
         reader = csv.reader(lines, strict=True)
@@ -257,11 +257,13 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
                 header = [name.strip() for name in values]
                 if missing := [name for name in columns if name not in header]:
                     yield Problem(
-                        place, f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}"
+                        place,
+                        f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}",
+                        whole=True,
                     )
                     return
                 if twice := sorted({name for name in columns if header.count(name) > 1}):
-                    yield Problem(place, f"has the columns {', '.join(twice)} more than once")
+                    yield Problem(place, f"has the columns {', '.join(twice)} more than once", whole=True)
                     return
             elif values:
                 number += 1
@@ -331,7 +333,7 @@ def table_rows(
     """Rows of a `datasets.Dataset` that went through `encoded`; class numbers become their names."""
     if missing := [name for name in needed if name not in table.column_names]:
         has = ", ".join(table.column_names)
-        yield Problem(place, f"lacks the columns {', '.join(missing)}; it has {has}")
+        yield Problem(place, f"lacks the columns {', '.join(missing)}; it has {has}", whole=True)
         return
     names = [name for name in dict.fromkeys((*needed, *wanted)) if name in table.column_names]
     classes = {name: table.features[name] for name in names if hasattr(table.features[name], "int2str")}

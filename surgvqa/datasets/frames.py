@@ -124,7 +124,7 @@ class Corpus:
         try:
             files = self._images.files(texts, (".txt",))
         except ValueError as error:
-            yield Problem(str(texts), str(error))
+            yield Problem(str(texts), str(error), whole=True)
             return
         stems = {name: frame(name[:-4]) for name in sorted(files)}
         kept = {name: stem for name, stem in stems.items() if wanted(stem)}
@@ -133,7 +133,9 @@ class Corpus:
         images = self._frames(frames)
         if images.missing:
             if kept:
-                yield Problem(str(texts), f"{images.missing}; its {len(kept)} question files are left out")
+                yield Problem(
+                    str(texts), f"{images.missing}; its {len(kept)} question files are left out", whole=True
+                )
             return
         have = sum(map(wanted, images.files))
         if even and abs(have - len(kept)) > _UNEVEN * max(have, len(kept)):

@@ -186,9 +186,12 @@ def _as_frozen(examples: Iterable[Example], split: Split) -> tuple[list[Example]
     gone = part_of.keys() - {name_of(example, frozen.by) for example in placed}
     cure = f"freeze the split anew, or use the data that {path} was made of"
     return placed, [
-        *(Problem(f"{frozen.by} {name}", f"is in no part of {path}; {cure}") for name in unlisted),
         *(
-            Problem(f"{frozen.by} {name}", f"is in {path}, but not in the data; {cure}")
+            Problem(f"{frozen.by} {name}", f"is in no part of {path}; {cure}", whole=True)
+            for name in unlisted
+        ),
+        *(
+            Problem(f"{frozen.by} {name}", f"is in {path}, but not in the data; {cure}", whole=True)
             for name in sorted(gone)
         ),
     ]
@@ -220,5 +223,6 @@ def _without_part(examples: Iterable[Example]) -> list[Problem]:
             lost[0].place,
             f"{len(lost)} rows belong to no part (this is the first): give them a split column "
             "with train, val or test, or set data.split.by to image or group",
+            whole=True,
         )
     ]

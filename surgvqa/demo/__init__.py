@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 
 
-def cached(name: str) -> Path:
-    """Where something that this package generates is kept: `$SURGVQA_CACHE`, else `~/.cache/surgvqa`.
+def cached(name: str, *code: Path) -> Path:
+    """Where something that surgvqa generates is kept: `$SURGVQA_CACHE`, else `~/.cache/surgvqa`.
 
-    The folder's name ends in a digest of the code that generates it, so changed code never meets old files.
+    The folder's name ends in a digest of the code that generates it, the files given or else this package,
+    so changed code never meets old files.
     """
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.iterdir()):
+    for file in code or sorted(Path(__file__).parent.iterdir()):
         if file.suffix in (".py", ".jinja"):
             digest.update(file.read_bytes())
     root = Path(os.environ.get("SURGVQA_CACHE") or Path.home() / ".cache" / "surgvqa")

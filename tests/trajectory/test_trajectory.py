@@ -230,7 +230,7 @@ def test_a_changed_recipe_or_changed_data_is_refused(runs: Runs) -> None:
     original = runs.data.read_text(encoding="utf-8")
     try:
         runs.data.write_text(original.replace('"grasper"', '"hook"'), encoding="utf-8")
-        with pytest.raises(train.BadInput, match="the training data: its questions, answers"):
+        with pytest.raises(train.BadInput, match="the training data: the texts of questions or answers"):
             runs.here("changed", "train.max_steps=2")
     finally:
         runs.data.write_text(original, encoding="utf-8")

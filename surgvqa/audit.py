@@ -18,7 +18,7 @@ from typing import get_args
 
 from surgvqa import datasets
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem
-from surgvqa.letterbox import Size, check_aspect, open_rgb
+from surgvqa.letterbox import Rectangle, Size, check_aspect, find_picture, open_rgb
 from surgvqa.metrics import normalise
 from surgvqa.recipe import Part, Recipe, printable
 
@@ -37,6 +37,8 @@ class Audit:
     """The data set's own and those found here, errors first."""
     sizes: dict[str, Size]
     """Image key → width and height in pixels, EXIF orientation applied; only of images that are sound."""
+    pictures: dict[str, Rectangle]
+    """Image key → the part of it to draw: all, or what a black border surrounds; of the same images."""
     digests: dict[str, str]
     """Image key → SHA-256 of its bytes, of the same images."""
 
@@ -56,8 +58,14 @@ def load_and_audit(
     evaluated = recipe.eval.parts if evaluated is None else evaluated
     found = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
     dataset = Dataset(dataset.examples, [*dataset.problems, *found])
-    by, mode = recipe.data.split.by, recipe.image.mode
-    return dataset, audit(dataset, mode=mode, by=by, special_tokens=special_tokens, progress=progress)
+    return dataset, audit(
+        dataset,
+        mode=recipe.image.mode,
+        crop=recipe.image.crop,
+        by=recipe.data.split.by,
+        special_tokens=special_tokens,
+        progress=progress,
+    )
 
 
 def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) -> Iterator[Problem]:
@@ -127,6 +135,7 @@ def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> It
 @dataclass(frozen=True, slots=True)
 class _Image:
     size: Size
+    picture: Rectangle
     digest: str
 
 
@@ -134,14 +143,15 @@ def audit(
     dataset: Dataset,
     *,
     mode: str,
+    crop: str = "none",
     by: str = "official",
     special_tokens: Collection[str] = (),
     progress: bool = False,
 ) -> Audit:
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
-    `mode` is the recipe's image.mode and `by` its data.split.by: a split by image may put a group in two
-    parts, which is a warning then. Texts that hold one of the model's `special_tokens` are errors.
+    `mode` and `crop` are the recipe's of `image`, and `by` its data.split.by: a split by image may put a
+    group in two parts, which is a warning then. Texts that hold one of the model's `special_tokens` are errors.
     `progress` shows a bar on stderr. Images are decoded in one thread per core, so as many are in memory
     at once.
     """
@@ -156,13 +166,14 @@ def audit(
         try:
             data = ref.read()
             image = open_rgb(data)
+            picture = find_picture(image) if crop == "border" else (0, 0, *image.size)
             if mode == "native":
-                check_aspect(image.size)
+                check_aspect((picture[2] - picture[0], picture[3] - picture[1]))
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
         except ValueError as error:
             return str(error)
-        return _Image(image.size, hashlib.sha256(data).hexdigest())
+        return _Image(image.size, picture, hashlib.sha256(data).hexdigest())
 
     found: dict[str, _Image] = {}
     problems = list(dataset.problems)
@@ -183,6 +194,7 @@ def audit(
     return Audit(
         problems,
         sizes={key: image.size for key, image in found.items()},
+        pictures={key: image.picture for key, image in found.items()},
         digests={key: image.digest for key, image in found.items()},
     )
 

@@ -14,6 +14,7 @@ import jinja2
 from rich.text import Text
 
 from surgvqa import letterbox
+from surgvqa.augment import Augmented
 from surgvqa.plan import trees_of
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Part, Recipe
@@ -41,11 +42,19 @@ class Segment:
     tokens: Sequence[Token]
 
 
-def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) -> None:
+def show(
+    recipe: Recipe, part: Part, index: int, out: Path, console: Console, epoch: int | None = None
+) -> None:
     """Write and print what the model sees of the `index`-th image of a part (from 0).
 
-    Needs the model folder's small files, not its weights. Raises BadInput where there is no such image.
+    With `epoch` (from 0) as training shows it then. Needs the model folder's small files, not its weights.
+    Raises BadInput where there is no such image or epoch.
     """
+    if epoch is not None and (recipe.image.augment == "none" or part != "train" or epoch < 0):
+        raise BadInput(
+            f"--epoch {epoch}: only the images of train differ by epoch, from 0 on, where the recipe has "
+            "image.augment: endoscopy"
+        )
     prepared = prepare(recipe)
     questions = prepared.questions(part)
     trees = trees_of(questions.image)
@@ -56,15 +65,24 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
     factor = prepared.folder.factor
     out.mkdir(parents=True, exist_ok=True)
     facts = []
-    for number, image in enumerate(example.images):
+    placements = questions.placements(chosen[0], epoch)
+    for number, (image, placement) in enumerate(zip(example.images, placements, strict=True)):
         canvas = prepared.canvases[image.key]
         file = out / f"canvas-{number}.png"
-        letterbox.draw(letterbox.open_rgb(image.read()), canvas, recipe.image.fill).save(file)
+        scaled = canvas.scale(letterbox.open_rgb(image.read()))
+        placement.place(scaled, recipe.image.fill).save(file)
         facts.append(
             f"{image.key}: {canvas.source_width}×{canvas.source_height} → {canvas.width}×{canvas.height}, "
             f"{canvas.width // factor}×{canvas.height // factor} = {canvas.tokens(factor)} tokens; {file}"
         )
-    segments = _segments(questions, chosen)
+        if canvas.picture != (0, 0, *canvas.source_size):
+            facts.append(
+                f"cropped to x {canvas.picture[0]}…{canvas.picture[2]}, "
+                f"y {canvas.picture[1]}…{canvas.picture[3]} of the image"
+            )
+        if isinstance(placement, Augmented):
+            facts.append(f"epoch {epoch}: {placement.by}")
+    segments = _segments(questions, chosen, epoch)
     page = out / "tree.html"
     page.write_text(
         _PAGE.render(facts=facts, images=len(example.images), segments=segments), encoding="utf-8"
@@ -85,9 +103,9 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
     console.print(f"every token with its position and label: {page}", markup=False, soft_wrap=True)
 
 
-def _segments(questions: Questions, chosen: Sequence[int]) -> list[Segment]:
+def _segments(questions: Questions, chosen: Sequence[int], epoch: int | None) -> list[Segment]:
     """The tree as it is packed: read back from the tensors that a forward pass gets."""
-    tree = questions.tree(chosen)
+    tree = questions.tree(chosen, epoch=epoch)
     packed = pack([tree])
     ids = packed.ids[0].tolist()
     texts = questions.chat.token_texts(ids)

@@ -151,7 +151,8 @@ def audit(
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
     `mode` and `crop` are the recipe's of `image`, and `by` its data.split.by: a split by image may put a
-    group in two parts, which is a warning then. Texts that hold one of the model's `special_tokens` are errors.
+    group in two parts, which is a warning then. Texts that hold one of the model's `special_tokens` are
+    errors.
     `progress` shows a bar on stderr. Images are decoded in one thread per core, so as many are in memory
     at once.
     """

@@ -101,7 +101,7 @@ class Augmented:
         return clipped(self._moved(self.canvas.to_canvas(box)), (self.width, self.height))
 
     def shown(self, box: Box) -> float:
-        """Which share of a box of source pixels is still on the canvas; 1 if the plain one shows none of it."""
+        """Which share of a box of source pixels is still on the canvas; 1 if the plain one has none."""
         before = self.canvas.to_canvas(box)
         after = self._moved(before)
         return _area(clipped(after, (self.width, self.height))) / _area(after) if _area(before) else 1.0

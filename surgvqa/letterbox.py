@@ -295,10 +295,13 @@ def find_picture(image: Image.Image) -> Rectangle:
 
 
 def _heaviest(share: NDArray[np.float64]) -> tuple[int, int]:
-    """Start and end of the run of lit rows (or columns) with the most light; `share` (rows,) of each."""
+    """Start and end of the run of lit rows (or columns) with the most light, of all if none is lit.
+
+    `share` (rows,) is how much of each is not black.
+    """
     lit = np.flatnonzero(share > _LIT)
     if not len(lit):
-        return 0, 0
+        return 0, len(share)
     runs = np.split(lit, np.flatnonzero(np.diff(lit) > max(1, _LIT * len(share))) + 1)
     run = max(runs, key=lambda run: float(share[run].sum()))
     return int(run[0]), int(run[-1]) + 1

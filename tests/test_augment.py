@@ -15,9 +15,10 @@ from PIL import Image
 
 from surgvqa import evaluate, processes, recipe
 from surgvqa.augment import MOST_LOST, Augmentation, Augmented, endoscopy, source_box
+from surgvqa.banner import banner
 from surgvqa.datasets import Region
 from surgvqa.letterbox import Canvas, draw, open_rgb, plan_canvas
-from surgvqa.memory import fit
+from surgvqa.memory import Fit, fit
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.show import show
 from surgvqa.terminal import Console
@@ -261,6 +262,51 @@ def test_evaluation_and_the_memory_probe_see_plain_canvases(
         loss, questions, prepared.plan(questions), range(3), tokens=200, layers=0, accelerator=accelerator
     )
     assert found.tokens_per_micro_batch == 200
+
+
+def test_the_border_is_cropped_in_training_and_in_evaluation(tmp_path: Path) -> None:
+    """The recipe's crop decides every part's canvases and, in mode native, their token counts."""
+    source = write_jsonl(tmp_path / "framed", images=10)
+    sizes = {}
+    for number in range(9):  # the last stays as it is
+        inner = Image.open(tmp_path / f"framed/{number}.png").convert("RGB")
+        sizes[number] = inner.size
+        framed = Image.new("RGB", (inner.width + 120, inner.height + 60))
+        framed.paste(Image.blend(inner, Image.new("RGB", inner.size, "white"), 0.5), (80, 10))
+        framed.save(tmp_path / f"framed/{number}.png")
+    native = "image={mode: native, max_tokens: 400, crop: border}"
+    prepared, plain = ready(source, native), ready(source, native, "image.crop=none")
+    for key, canvas in prepared.canvases.items():
+        before = plain.canvases[key]
+        width, height = before.source_size
+        inside = (80, 10, width - 40, height - 50) if key != "9.png" else (0, 0, width, height)
+        assert canvas.picture == pytest.approx(inside, abs=2)
+        assert canvas.source_size == before.source_size
+        assert canvas.to_source(canvas.to_canvas((85, 15, 100, 30))) == pytest.approx((85, 15, 100, 30))
+    for part in ("train", "val", "test"):
+        small, large = prepared.questions(part), plain.questions(part)  # type: ignore[arg-type]  # see above
+        assert small.root_tokens.sum() < large.root_tokens.sum()
+        packed = small.pack([[0]])
+        assert packed.tokens == prepared.plan(small).tokens([0])
+        assert len(packed.patches) == 4 * packed.image_at.numel()
+    shares = [width * height / (width + 120) / (height + 60) for width, height in sizes.values()]
+    said = f"crop: border, off 9 of 10 images, to {sum(shares) / 9:.0%} of their area; augment: none"
+    assert banner_line(prepared) == said
+
+
+def banner_line(prepared: Prepared) -> str:
+    accelerator = Accelerator(cpu=True)
+    questions = prepared.questions("train")
+    plan, compute = prepared.plan(questions), processes.compute("fp32", "sdpa", accelerator.device)
+    lines = banner(
+        prepared, questions, plan, prepared.network(), accelerator, compute, Fit(200, 0, 0), total=1, start=0
+    )
+    (line,) = (line for line in lines if "augment: " in line)
+    return line.strip()
+
+
+def test_the_banner_says_it(data: Path) -> None:
+    assert banner_line(ready(data)) == "crop: none; augment: endoscopy"
 
 
 def test_show_an_epoch(data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,17 @@ from accelerate import Accelerator
 from conftest import noise_image, write_jsonl
 from PIL import Image
 
-from surgvqa import evaluate, processes, recipe
+from surgvqa import cli, evaluate, processes, recipe
 from surgvqa.augment import MOST_LOST, Augmentation, Augmented, endoscopy, source_box
 from surgvqa.banner import banner
 from surgvqa.datasets import Region
 from surgvqa.letterbox import Canvas, draw, open_rgb, plan_canvas
 from surgvqa.memory import Fit, fit
 from surgvqa.prepare import Prepared, prepare
+from surgvqa.replay import replay
 from surgvqa.show import show
 from surgvqa.terminal import Console
-from surgvqa.train import _jobs
+from surgvqa.train import _jobs, train
 from surgvqa.tree import Questions, packs
 
 STRONG = Augmentation(zoom=1.08, angle=9, shift_x=-0.07, shift_y=0.05)
@@ -323,7 +325,29 @@ def test_show_an_epoch(data: Path, tmp_path: Path) -> None:
     assert np.array_equal(
         Image.open(tmp_path / "plain/canvas-0.png"), draw(open_rgb(image.read()), canvas, "black")
     )
+    command = ["show", str(data.parent / "recipe.yaml"), "--epoch", "1", "--out", str(tmp_path / "command")]
+    (data.parent / "recipe.yaml").write_text(settings.dump(), encoding="utf-8")
+    assert cli.main(command) == 0
+    assert (tmp_path / "command/canvas-0.png").read_bytes() == shown["second"]
     for part, how, epoch in (("val", "endoscopy", 0), ("train", "none", 0), ("train", "endoscopy", -1)):
         other = ready(data, f"image.augment={how}").recipe
         with pytest.raises(recipe.BadInput, match="only the images of train differ by epoch"):
             show(other, part, 0, tmp_path, console, epoch)  # type: ignore[arg-type]  # from a table of words
+
+
+def test_a_run_and_the_replay_of_its_step_train_on_the_moved_pictures(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = []
+    place = Augmented.place
+    monkeypatch.setattr(Augmented, "place", lambda *given: moved.append(given[0].by) or place(*given))
+    options = ["train.max_steps=2", "eval.final=null", "log.trace=true", "checkpoint.every=1"]
+    settings = ready(data, *options, f"output={tmp_path / 'run'}").recipe
+    run = train(settings)
+    trained = moved.copy()
+    moved.clear()
+    loss, _ = replay(settings, 2, Console(quiet=True))
+    row = json.loads((run / "trace.jsonl").read_text().splitlines()[1])
+    assert loss == pytest.approx(float.fromhex(row["loss"]), rel=1e-5)
+    assert 0 < len(set(moved)) < len(set(trained))
+    assert set(moved) < set(trained)

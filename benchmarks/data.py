@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.inputs import CANVAS, FAMILIES, SOURCES, Setting, write_images, write_model
 from benchmarks.record import RESULTS, spread, write
-from surgvqa.letterbox import draw, open_rgb
+from surgvqa.augment import Augmented, endoscopy
+from surgvqa.letterbox import draw, find_picture, open_rgb
 from surgvqa.plan import trees_of
 from surgvqa.tree import Questions, packs
 
@@ -63,6 +64,19 @@ def stages(questions: Questions, files: Sequence[Path], rounds: int) -> dict[str
     }
 
 
+def options(questions: Questions, files: Sequence[Path], rounds: int) -> dict[str, dict[str, float]]:
+    """Images per second through what recipes may ask for on top, on one core."""
+    decoded = [open_rgb(file.read_bytes()) for file in files]
+    canvases = [questions.canvases[str(file)] for file in files]
+    moved = [Augmented(canvas, endoscopy(0, 0, str(number))) for number, canvas in enumerate(canvases)]
+    scaled = [canvas.scale(image) for canvas, image in zip(canvases, decoded, strict=True)]
+    augmenting, _ = per_second(
+        lambda pair: pair[0].place(pair[1], "black"), list(zip(moved, scaled, strict=True)), rounds
+    )
+    finding, _ = per_second(find_picture, decoded, rounds)
+    return {"augment": spread(augmenting), "find_border": spread(finding)}
+
+
 def delivered(setting: Setting, workers: int, repeats: int, rounds: int) -> list[float]:
     """Images per second that packs arrive with, each image read `repeats` times and never kept.
 
@@ -73,7 +87,7 @@ def delivered(setting: Setting, workers: int, repeats: int, rounds: int) -> list
     trees = trees_of(questions.image) * repeats
     speeds = []
     for _ in range(rounds):
-        arriving = packs(questions, [(None, [tree]) for tree in trees], workers=workers)
+        arriving = packs(questions, [(None, [tree], None) for tree in trees], workers=workers)
         next(arriving)
         began = time.perf_counter()
         rest = sum(1 for _ in arriving)
@@ -113,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 setting = Setting(folder, files, PER_IMAGE, given.canvas)
                 row: dict[str, Any] = {"family": family, "source": [width, height]}
                 row |= {"stages": stages(setting.questions(), files, given.rounds)}
+                row["options"] = options(setting.questions(), files, given.rounds)
                 row["delivered"] = {
                     str(workers): spread(delivered(setting, workers, given.repeats, given.rounds))
                     for workers in given.workers
@@ -126,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(
                     f"{family}, {width} x {height} JPEG to a canvas of {given.canvas}, images/s on one core:"
                 )
-                for name, speed in row["stages"].items():
+                for name, speed in (row["stages"] | row["options"]).items():
                     print(f"  {name.replace('_', ' '):16}{speed['median']:7.1f}")
                 for workers, speed in row["delivered"].items():
                     print(f"  {workers} workers       {speed['median']:7.1f} delivered")

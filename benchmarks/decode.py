@@ -52,7 +52,8 @@ def decode_trees(
     """Answer all questions, `trees` images in a pack."""
     every = trees_of(questions.image)
     jobs = [
-        (every[start : start + trees], every[start : start + trees]) for start in range(0, len(every), trees)
+        (every[start : start + trees], every[start : start + trees], None)
+        for start in range(0, len(every), trees)
     ]
     answers: dict[int, tuple[int, ...]] = {}
     tokens = 0

@@ -314,12 +314,12 @@ def step_seconds(
     return seconds, waited
 
 
-def _jobs(order: Plan, total: int) -> Iterator[tuple[bool, Sequence[Sequence[int]]]]:
-    """(whether the step ends with it, trees) of each micro-batch."""
+def _jobs(order: Plan, total: int) -> Iterator[tuple[bool, Sequence[Sequence[int]], int]]:
+    """(whether the step ends with it, trees, epoch) of each micro-batch."""
     for step in range(total):
         (mine,) = order.share(order.step(step), 1)
         for index, micro_batch in enumerate(mine):
-            yield index == len(mine) - 1, micro_batch
+            yield index == len(mine) - 1, micro_batch, order.epoch(step)
 
 
 def plain(bench: Bench, setting: RandomWeights) -> Row:

@@ -71,7 +71,7 @@ def train_packs(
     optimizer = _optimizer(network, device)
     steps = [plan.step(step) for step in range(plan.steps_per_epoch)]
     jobs = [
-        ((step, index == len(micro_batches) - 1), micro_batch)
+        ((step, index == len(micro_batches) - 1), micro_batch, 0)
         for step, trees in enumerate(steps)
         for micro_batches in plan.share(trees, 1)
         for index, micro_batch in enumerate(micro_batches)

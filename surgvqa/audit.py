@@ -17,7 +17,7 @@ from typing import get_args
 from surgvqa import datasets
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem, splits
 from surgvqa.grounding import misplaced
-from surgvqa.letterbox import Size, check_aspect
+from surgvqa.letterbox import Rectangle, Size, check_aspect
 from surgvqa.metrics import normalise
 from surgvqa.recipe import Part, Recipe, printable
 from surgvqa.scan import ImageFacts, near, scan
@@ -66,6 +66,11 @@ class Audit:
         return {key: facts.size for key, facts in self.facts.items()}
 
     @property
+    def pictures(self) -> dict[str, Rectangle]:
+        """Image key → the part of it without a black border, where it was decoded."""
+        return {key: facts.picture for key, facts in self.facts.items() if facts.picture}
+
+    @property
     def digests(self) -> dict[str, str]:
         """Image key → SHA-256 of its bytes, where it was read whole."""
         return {key: facts.digest for key, facts in self.facts.items() if facts.digest}
@@ -91,6 +96,7 @@ def load_and_audit(
     found = audit(
         dataset,
         mode=recipe.image.mode,
+        crop=recipe.image.crop,
         by=splits.unit(recipe.data.split),
         special_tokens=special_tokens,
         trains=evaluated is None,
@@ -189,6 +195,7 @@ def audit(
     dataset: Dataset,
     *,
     mode: str,
+    crop: str = "none",
     by: str = "official",
     special_tokens: Collection[str] = (),
     trains: bool = True,
@@ -198,9 +205,9 @@ def audit(
 ) -> Audit:
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
-    `mode` is the recipe's image.mode and `by` what its split keeps together: a split by image may put a
-    group in two parts, which is a warning then. Texts that hold one of the model's `special_tokens` are
-    errors. Data without questions to train on is an error only if it `trains`. With `skip` bad rows, and
+    `mode` and `crop` are the recipe's of `image`, and `by` what its split keeps together: a split by image
+    may put a group in two parts, which is a warning then. Texts that hold one of the model's
+    `special_tokens` are errors. Data without questions to train on is an error only if it `trains`. With `skip` bad rows, and
     questions about bad images, are left out and become warnings; everything else is checked without them.
     `headers` and `progress` are those of `scan`.
     """
@@ -211,7 +218,7 @@ def audit(
             refs.setdefault(ref.key, ref)
             uses[ref.key].append(example)
     found = scan(refs.values(), headers=headers, progress=progress)
-    faults = {**found.faults, **(_too_long(found.found) if mode == "native" else {})}
+    faults = {**found.faults, **(_too_long(found.found, crop) if mode == "native" else {})}
     rows = [problem for problem in dataset.problems if not (problem.warning or problem.whole)]
     sizes = {key: facts.size for key, facts in found.found.items()}
     special = {**dict(_boxes(dataset, sizes)), **dict(_special(dataset, special_tokens))}
@@ -255,12 +262,13 @@ def audit(
     return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), counts, list(_unseen(facts)))
 
 
-def _too_long(found: Mapping[str, ImageFacts]) -> dict[str, str]:
+def _too_long(found: Mapping[str, ImageFacts], crop: str) -> dict[str, str]:
     """Image key → what is wrong with it in mode `native`."""
     faults = {}
     for key, facts in found.items():
         try:
-            check_aspect(facts.size)
+            x1, y1, x2, y2 = (crop == "border" and facts.picture) or (0, 0, *facts.size)
+            check_aspect((x2 - x1, y2 - y1))
         except ValueError as error:
             faults[key] = str(error)
     return faults

@@ -56,6 +56,7 @@ def banner(
         f"{plan.tokens_per_micro_batch:,} tokens per process"
     )
     yield f"canvas      {_canvas(prepared)}"
+    yield f"            crop: {_crop(prepared)}; augment: {settings.image.augment}"
     trees = [tree for step in range(min(plan.steps_per_epoch, 50)) for tree in plan.step(step)]
     rows = [[question] for tree in trees for question in tree]
     per_tree = sum(map(plan.tokens, trees)) / len(trees)
@@ -109,6 +110,18 @@ def _world(accelerator: Accelerator) -> str:
     if world == 1:
         return f"1 process, {where}"
     return f"distributed, {world} processes, {torch.distributed.get_backend()}, {where}"
+
+
+def _crop(prepared: Prepared) -> str:
+    if prepared.recipe.image.crop == "none":
+        return "none"
+    shares = []
+    for canvas in prepared.canvases.values():
+        x1, y1, x2, y2 = canvas.picture
+        shares.append((x2 - x1) * (y2 - y1) / (canvas.source_width * canvas.source_height))
+    cropped = [share for share in shares if share < 1]
+    kept = f", to {sum(cropped) / len(cropped):.0%} of their area" if cropped else ""
+    return f"border, off {len(cropped):,} of {len(shares):,} images{kept}"
 
 
 def _canvas(prepared: Prepared) -> str:

@@ -148,6 +148,9 @@ def show(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--index", type=int, default=0, help="which image of the part, from 0 (default: 0)")
     parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="(default: train)")
+    parser.add_argument(
+        "--epoch", type=int, help="as this epoch of training shows it, from 0, where image.augment is on"
+    )
     parser.add_argument("--out", type=Path, default=Path("show"), help="folder to write into (default: show)")
     given = parser.parse_intermixed_args(argv)
     from surgvqa.show import show as show_tree
@@ -155,7 +158,7 @@ def show(argv: Sequence[str]) -> int:
 
     try:
         settings = recipe.load(given.recipe, given.overrides)
-        show_tree(settings, given.split, given.index, given.out, Console())
+        show_tree(settings, given.split, given.index, given.out, Console(), given.epoch)
     except BadInput as error:
         return recipe.explain(error)
     return 0

@@ -59,7 +59,7 @@ def predict(
     groups = trees_of(plan.image) if plan.trees else [[question] for question in range(len(questions))]
     starts = range(0, len(groups), _TREES_AT_ONCE * world)
     jobs = (
-        ((chunk, micro_batch), micro_batch)
+        ((chunk, micro_batch), micro_batch, None)
         for chunk, start in enumerate(starts)
         for micro_batch in plan.share(groups[start : start + starts.step], world)[accelerator.process_index]
         if micro_batch

@@ -169,7 +169,10 @@ def examine(
         notes.append("lengths in tokens: the model's tokenizer.json is not here")
     problems = list(found.problems)
     if folder and tokens:
-        problems += _too_long(dataset, found.sizes, settings, folder, tokens)
+        sizes = found.sizes
+        if settings.image.crop == "border":
+            sizes |= {key: (x2 - x1, y2 - y1) for key, (x1, y1, x2, y2) in found.pictures.items()}
+        problems += _too_long(dataset, sizes, settings, folder, tokens)
     problems.sort(key=lambda problem: problem.warning)
     content = {
         **about,

@@ -27,8 +27,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from surgvqa.augment import Placement
 from surgvqa.datasets import Box, Example, Region
-from surgvqa.letterbox import Canvas, Size
+from surgvqa.letterbox import Canvas, Size, clipped
 
 TOKENS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 """The special tokens that are put around boxes; data may not hold them."""
@@ -43,15 +44,17 @@ _READ = 100_000
 """Characters in which boxes are looked for; what follows them stays text."""
 
 
-def on_canvas(region: Region, canvas: Canvas) -> Region:
-    """A region of the source in whole thousandths of its canvas; what is outside the image is cut off."""
+def on_canvas(region: Region, canvas: Placement) -> Region:
+    """A region of the source in whole thousandths of its canvas; what is not on it is cut off."""
     x1, y1, x2, y2 = canvas.to_canvas(source_pixels(region, canvas.source_size).box)
     left, right = _thousandths(x1, x2, canvas.width)
     top, bottom = _thousandths(y1, y2, canvas.height)
     return replace(region, box=(left, top, right, bottom), relative=False)
 
 
-def on_canvases(example: Example, regions: Sequence[Region], canvases: Mapping[str, Canvas]) -> list[Region]:
+def on_canvases(
+    example: Example, regions: Sequence[Region], canvases: Mapping[str, Placement]
+) -> list[Region]:
     """`on_canvas` for regions of an example, each on the canvas of its image."""
     return [on_canvas(region, canvases[example.images[region.image].key]) for region in regions]
 
@@ -59,15 +62,15 @@ def on_canvases(example: Example, regions: Sequence[Region], canvases: Mapping[s
 def in_source(region: Region, canvas: Canvas) -> Region:
     """A region in thousandths of the canvas, in source pixels; what is outside the image is cut off."""
     box = canvas.to_source(in_pixels(region.box, canvas))
-    return replace(region, box=_cut(box, canvas.source_size))
+    return replace(region, box=clipped(box, canvas.source_size))
 
 
 def source_pixels(region: Region, size: Size) -> Region:
     """A region of a source image of `size` in its pixels; what is outside the image is cut off."""
-    return replace(region, box=_cut(_pixels(region, size), size), relative=False)
+    return replace(region, box=clipped(_pixels(region, size), size), relative=False)
 
 
-def in_pixels(box: Box, canvas: Canvas) -> Box:
+def in_pixels(box: Box, canvas: Placement) -> Box:
     """A box in thousandths of the canvas, in its pixels."""
     x1, y1, x2, y2 = box
     width, height = canvas.width / SCALE, canvas.height / SCALE
@@ -78,11 +81,6 @@ def _pixels(region: Region, size: Size) -> Box:
     x1, y1, x2, y2 = region.box
     width, height = size if region.relative else (1, 1)
     return x1 * width, y1 * height, x2 * width, y2 * height
-
-
-def _cut(box: Box, size: Size) -> Box:
-    (x1, y1, x2, y2), (width, height) = box, size
-    return max(0, min(x1, width)), max(0, min(y1, height)), max(0, min(x2, width)), max(0, min(y2, height))
 
 
 def _thousandths(low: float, high: float, side: int) -> tuple[int, int]:
@@ -107,7 +105,7 @@ def misplaced(example: Example, sizes: Mapping[str, Size]) -> list[str]:
             )
         elif size := sizes.get(example.images[region.image].key):
             x1, y1, x2, y2 = box = _pixels(region, size)
-            cut = _cut(box, size)
+            cut = clipped(box, size)
             if not (x1 < x2 and y1 < y2):
                 wrong.append(
                     f"box {_shown(region.box)} is empty; it must be x1, y1, x2, y2 with x1 < x2, y1 < y2"

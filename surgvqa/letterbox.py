@@ -2,8 +2,10 @@
 
     bytes ── header ───────▶ Header(size, …) ── plan_canvas ──▶ Canvas
     bytes ── open_rgb ─────▶ PIL image ──────── draw ─────────▶ PIL image of exactly the canvas's size
+                               └── find_picture ──▶ what a black border surrounds, for plan_canvas
 
-A canvas follows from the source's size alone, so the number of image tokens is known from the header.
+A canvas follows from the source's size alone (and the border, where that is cropped), so the number of image
+tokens is known from the header.
 The image is resized once, straight from the source, to sides that are multiples of the model's factor
 (patch × merge: 28 pixels for Qwen2-VL, 32 for Qwen3-VL), so that no processor resizes it again.
 """
@@ -16,7 +18,8 @@ from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageFilter, UnidentifiedImageError
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -45,16 +48,22 @@ FORMATS = tuple(
 )
 """Tried on every file, whatever its name says. For some of the others PIL would start another program."""
 
+BLACK = 24
+"""Brightest channel up to which a pixel can be border. Video's black is 16 where it was not stretched, and
+JPEG's noise comes on top: on real frames borders were found at 0 to 19."""
+
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
+Rectangle = tuple[int, int, int, int]
+"""x1, y1, x2, y2 in whole pixels, along their edges as in `Canvas`."""
 
 
 @dataclass(frozen=True)
 class Canvas:
     """A canvas of `width` × `height` pixels and the affine map that puts the source image on it.
 
-    x on the canvas = x in the source × scale_x + offset_x, and the same for y. Coordinates run along pixel
-    edges: 0 is the left edge of the first pixel, `source_width` the right edge of the last.
+    x on the canvas = (x in the source - picture's left) × scale_x + offset_x, and the same for y. Coordinates
+    run along pixel edges: 0 is the left edge of the first pixel, `source_width` the right edge of the last.
     """
 
     width: int
@@ -65,6 +74,8 @@ class Canvas:
     offset_y: int
     source_width: int
     source_height: int
+    picture: Rectangle
+    """The part of the source that is drawn: all of it, or what is left of a crop."""
 
     @property
     def source_size(self) -> Size:
@@ -73,8 +84,9 @@ class Canvas:
 
     @property
     def drawn_size(self) -> Size:
-        """Width and height of the source image once it is on the canvas, in pixels."""
-        return round(self.source_width * self.scale_x), round(self.source_height * self.scale_y)
+        """Width and height of the picture once it is on the canvas, in pixels."""
+        x1, y1, x2, y2 = self.picture
+        return round((x2 - x1) * self.scale_x), round((y2 - y1) * self.scale_y)
 
     def tokens(self, factor: int) -> int:
         """How many tokens the language model gets for this canvas."""
@@ -85,24 +97,58 @@ class Canvas:
         return self.height // patch, self.width // patch
 
     def to_canvas(self, box: Box) -> Box:
-        """A box (x1, y1, x2, y2) of source pixels, in canvas pixels."""
+        """A box (x1, y1, x2, y2) of source pixels, in canvas pixels; what is not on the canvas is cut off.
+
+        So of a box that a crop removed whole, an empty one at the edge is left.
+        """
         x1, y1, x2, y2 = box
-        return (
-            x1 * self.scale_x + self.offset_x,
-            y1 * self.scale_y + self.offset_y,
-            x2 * self.scale_x + self.offset_x,
-            y2 * self.scale_y + self.offset_y,
+        left, top = self.picture[:2]
+        return clipped(
+            (
+                (x1 - left) * self.scale_x + self.offset_x,
+                (y1 - top) * self.scale_y + self.offset_y,
+                (x2 - left) * self.scale_x + self.offset_x,
+                (y2 - top) * self.scale_y + self.offset_y,
+            ),
+            (self.width, self.height),
         )
 
     def to_source(self, box: Box) -> Box:
         """A box of canvas pixels, in source pixels; the inverse of `to_canvas`."""
         x1, y1, x2, y2 = box
+        left, top = self.picture[:2]
         return (
-            (x1 - self.offset_x) / self.scale_x,
-            (y1 - self.offset_y) / self.scale_y,
-            (x2 - self.offset_x) / self.scale_x,
-            (y2 - self.offset_y) / self.scale_y,
+            (x1 - self.offset_x) / self.scale_x + left,
+            (y1 - self.offset_y) / self.scale_y + top,
+            (x2 - self.offset_x) / self.scale_x + left,
+            (y2 - self.offset_y) / self.scale_y + top,
         )
+
+    def scale(self, image: Image.Image) -> Image.Image:
+        """The picture in the source image, of `drawn_size`. The one and only resize."""
+        if image.size != self.source_size:
+            raise ValueError(
+                f"the canvas was planned for {self.source_width}×{self.source_height} pixels, "
+                f"but the image has {image.width}×{image.height}"
+            )
+        if self.picture != (0, 0, *image.size):
+            image = image.crop(self.picture)
+        # PIL averages when it scales down.
+        return image.resize(self.drawn_size, Image.Resampling.BICUBIC)
+
+    def place(self, drawn: Image.Image, fill: str) -> Image.Image:
+        """What `scale` made on the canvas, centred, `fill` (a PIL colour) around it."""
+        if drawn.size == (self.width, self.height):
+            return drawn
+        result = Image.new("RGB", (self.width, self.height), fill)
+        result.paste(drawn, (self.offset_x, self.offset_y))
+        return result
+
+
+def clipped(box: Box, size: Size) -> Box:
+    """What of a box is inside (0, 0, *size)."""
+    (x1, y1, x2, y2), (width, height) = box, size
+    return max(0, min(x1, width)), max(0, min(y1, height)), max(0, min(x2, width)), max(0, min(y2, height))
 
 
 def snap(size: int, factor: int) -> int:
@@ -111,15 +157,23 @@ def snap(size: int, factor: int) -> int:
 
 
 def plan_canvas(
-    source_size: Size, *, mode: str, size: int | None, max_tokens: int | None, factor: int
+    source_size: Size,
+    *,
+    mode: str,
+    size: int | None,
+    max_tokens: int | None,
+    factor: int,
+    picture: Rectangle | None = None,
 ) -> Canvas:
-    """The canvas of an image of `source_size` (width, height; EXIF orientation applied).
+    """The canvas of an image of `source_size` (width, height; EXIF orientation applied), or of a `picture`
+    in it.
 
     `letterbox`: a square of side `snap(size, factor)`, the image scaled to fit and centred.
     `native`: the image's own size rounded to multiples of `factor`, scaled down to at most `max_tokens`.
     Raises ValueError for a native image that is longer than Qwen accepts.
     """
-    width, height = source_size
+    left, top, right, bottom = picture = picture or (0, 0, *source_size)
+    width, height = right - left, bottom - top
     if mode == "letterbox":
         assert size is not None
         side = snap(size, factor)
@@ -128,7 +182,7 @@ def plan_canvas(
         canvas = side, side
     else:
         assert max_tokens is not None
-        check_aspect(source_size)
+        check_aspect((width, height))
         canvas = drawn = _native_size(width, height, max_tokens, factor)
     return Canvas(
         width=canvas[0],
@@ -137,8 +191,9 @@ def plan_canvas(
         scale_y=drawn[1] / height,
         offset_x=(canvas[0] - drawn[0]) // 2,
         offset_y=(canvas[1] - drawn[1]) // 2,
-        source_width=width,
-        source_height=height,
+        source_width=source_size[0],
+        source_height=source_size[1],
+        picture=picture,
     )
 
 
@@ -215,18 +270,62 @@ def open_rgb(data: bytes) -> Image.Image:
 
 
 def draw(image: Image.Image, canvas: Canvas, fill: str) -> Image.Image:
-    """The image on its canvas, centred, `fill` (a PIL colour) around it. The one and only resize."""
-    if image.size != (canvas.source_width, canvas.source_height):
-        raise ValueError(
-            f"the canvas was planned for {canvas.source_width}×{canvas.source_height} pixels, "
-            f"but the image has {image.width}×{image.height}"
-        )
-    drawn = image.resize(canvas.drawn_size, Image.Resampling.BICUBIC)  # PIL averages when it scales down
-    if drawn.size == (canvas.width, canvas.height):
-        return drawn
-    result = Image.new("RGB", (canvas.width, canvas.height), fill)
-    result.paste(drawn, (canvas.offset_x, canvas.offset_y))
-    return result
+    """The image on its canvas, centred, `fill` (a PIL colour) around it."""
+    return canvas.place(canvas.scale(image), fill)
+
+
+_LOOKED_AT = 256
+"""The border is looked for in the image scaled down to less than twice this side, in pixels."""
+
+_LIT = 0.02
+"""A row or column belongs to a picture if more than this share of it is not black. A gap of this share of
+the side parts two pictures."""
+
+_MAIN = 0.8
+"""Share of all that is not black that must be in one picture, or there is no telling which is the one."""
+
+_LEAST = 0.2
+"""The picture has at least this share of each side of the image."""
+
+
+def find_picture(image: Image.Image) -> Rectangle:
+    """The rectangle of an RGB image that holds its picture, without the black around it.
+
+    A recursive X-Y cut (Nagy & Seth, ICPR 1984): black columns, then black rows, cut the image; the piece
+    with the most that is not black is kept, until nothing is left to cut. So noise and burnt-in text or a
+    small box beside the picture do not count, while what touches it stays. All of the image where
+    nothing is black, all of it is, or no piece is clearly the picture.
+    """
+    shrink = max(1, max(image.size) // _LOOKED_AT)
+    red, green, blue = image.reduce(shrink).split()
+    brightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    bright = np.asarray(brightest.filter(ImageFilter.MedianFilter(3))) > BLACK
+    before: Rectangle | None = None
+    x1, y1, x2, y2 = 0, 0, bright.shape[1], bright.shape[0]
+    while before != (x1, y1, x2, y2):
+        before = x1, y1, x2, y2
+        left, right = _heaviest(bright[y1:y2, x1:x2].mean(0))
+        x1, x2 = x1 + left, x1 + right
+        top, bottom = _heaviest(bright[y1:y2, x1:x2].mean(1))
+        y1, y2 = y1 + top, y1 + bottom
+    whole = (0, 0, *image.size)
+    found = x1 * shrink, y1 * shrink, min(x2 * shrink, image.width), min(y2 * shrink, image.height)
+    main = bright[y1:y2, x1:x2].sum() >= _MAIN * bright.sum()
+    large = found[2] - found[0] >= _LEAST * image.width and found[3] - found[1] >= _LEAST * image.height
+    return found if main and large else whole
+
+
+def _heaviest(share: NDArray[np.float64]) -> tuple[int, int]:
+    """Start and end of the run of lit rows (or columns) with the most light, of all if none is lit.
+
+    `share` (rows,) is how much of each is not black.
+    """
+    lit = np.flatnonzero(share > _LIT)
+    if not len(lit):
+        return 0, len(share)
+    runs = np.split(lit, np.flatnonzero(np.diff(lit) > max(1, _LIT * len(share))) + 1)
+    run = max(runs, key=lambda run: float(share[run].sum()))
+    return int(run[0]), int(run[-1]) + 1
 
 
 _TURNS = {

@@ -108,6 +108,10 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return -(-len(self.image) // self.questions)
 
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that optimizer step `step` belongs to."""
+        return step // self.steps_per_epoch
+
     def too_long(self) -> list[int]:
         """Questions that do not fit a micro-batch even alone with their image."""
         return [int(question) for question in np.flatnonzero(self.alone() > self.tokens_per_micro_batch)]
@@ -118,7 +122,7 @@ class Plan:
 
     def step(self, step: int) -> list[Group]:
         """The trees of optimizer step `step`; one question each where `trees` is off."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = self.epoch(step), step % self.steps_per_epoch
         if epoch not in self._orders:
             # Two are kept: what reads ahead is in the next epoch while the loop is still in this one.
             for old in self._orders.keys() - {epoch - 1, epoch + 1}:

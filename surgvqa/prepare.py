@@ -65,6 +65,8 @@ class Prepared:
             self.chat,
             self.canvases,
             fill=self.recipe.image.fill,
+            augment=self.recipe.image.augment,
+            seed=self.recipe.train.seed,
             weights=np.array([weights[normalise(e.answers[0])] for e in examples]) if weights else None,
             per=self.recipe.loss.per,
             labels=[closed_set(self.recipe, e) for e in examples] if chosen else None,
@@ -234,7 +236,12 @@ def prepare(
     chat = ChatTokens(folder, system=recipe.prompt.system, instructions=recipe.prompt.instructions)
     canvases = {
         key: letterbox.plan_canvas(
-            size, mode=image.mode, size=image.size, max_tokens=image.max_tokens, factor=folder.factor
+            size,
+            mode=image.mode,
+            size=image.size,
+            max_tokens=image.max_tokens,
+            factor=folder.factor,
+            picture=found.pictures[key] if image.crop == "border" else None,
         )
         for key, size in found.sizes.items()
     }

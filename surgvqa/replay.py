@@ -53,14 +53,14 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
         accelerator=accelerator,
     )
     plan.tokens_per_micro_batch = fitting.tokens_per_micro_batch
-    trees = plan.step(step - 1)
+    trees, epoch = plan.step(step - 1), plan.epoch(step - 1)
     asked = [question for tree in trees for question in tree]
     weight = float(questions.total_weights[asked].sum())
 
     torch.manual_seed(processes.seed(settings.train.seed, step - 1, accelerator.process_index))
     nats = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in plan.share(trees, 1)[0]:
-        pack_nats = loss_of(questions.pack(micro_batch, cuda=cuda).to(device))
+        pack_nats = loss_of(questions.pack(micro_batch, epoch=epoch, cuda=cuda).to(device))
         (pack_nats / weight).backward()
         nats += pack_nats.detach().double()
     norm = nn.utils.get_total_norm([p.grad for _, p in model.trainable(network) if p.grad is not None])
@@ -70,7 +70,7 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     rows = []
     with torch.no_grad():
         for question in asked:
-            own = float(loss_of(questions.pack([[question]], cuda=cuda).to(device)))
+            own = float(loss_of(questions.pack([[question]], epoch=epoch, cuda=cuda).to(device)))
             example = questions.examples[question]
             rows.append((own, example.id, example.question, example.answers[0]))
     table = Table()

@@ -30,13 +30,10 @@ from pydantic.dataclasses import dataclass as checked
 from surgvqa import letterbox
 from surgvqa.datasets import MAX_BYTES, ImageRef
 from surgvqa.demo import cached
-from surgvqa.letterbox import Size, header, open_rgb
-
-BLACK = 20
-"""Grey values up to this are the black around an endoscope's picture, JPEG's noise in it included."""
+from surgvqa.letterbox import Rectangle, Size, find_picture, header, open_rgb
 
 _THUMB = 256
-"""Border and hash are taken from the image scaled down to at most twice this side, in pixels."""
+"""The hash is taken from the image scaled down to at most twice this side, in pixels."""
 
 _FLAT = 16
 """Images whose grey values span less than this have no structure to compare."""
@@ -60,11 +57,19 @@ class ImageFacts:
     """Whether EXIF turns or mirrors it."""
     digest: str | None = None
     """SHA-256 of its bytes."""
-    border: float | None = None
-    """Share of its area outside the smallest rectangle around what is not black."""
+    picture: Rectangle | None = None
+    """Where its picture is, without a black border: `letterbox.find_picture`."""
     phash: str | None = None
     """Perceptual hash of 64 bits as hexadecimal digits, "" of an image without structure; None where the
     library was not there."""
+
+    @property
+    def border(self) -> float | None:
+        """Share of its area that is black border."""
+        if self.picture is None:
+            return None
+        x1, y1, x2, y2 = self.picture
+        return 1 - (x2 - x1) * (y2 - y1) / (self.size[0] * self.size[1])
 
 
 @dataclass
@@ -164,26 +169,13 @@ def _facts(ref: ImageRef) -> ImageFacts | str:
         head.mode,
         head.turned,
         hashlib.sha256(data).hexdigest(),
-        border(small),
+        find_picture(image),
         _phash(small),
     )
 
 
 def _unreadable(error: OSError) -> str:
     return f"cannot be read: {error.strerror or error}"
-
-
-def border(grey: Image.Image) -> float:
-    """Share of a grey image's area outside the smallest rectangle around what is not black.
-
-    A row or column counts as black up to 2 % of brighter pixels, so that noise does not.
-    """
-    bright = np.asarray(grey) > BLACK
-    rows, columns = np.flatnonzero(bright.mean(1) > 0.02), np.flatnonzero(bright.mean(0) > 0.02)
-    if not len(rows) or not len(columns):
-        return 1.0
-    inside = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
-    return round(1 - float(inside) / bright.size, 4)
 
 
 def _phash(grey: Image.Image) -> str | None:

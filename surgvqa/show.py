@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from rich.text import Text
 
 from surgvqa import grounding, letterbox
+from surgvqa.augment import Augmented, Placement
 from surgvqa.datasets import Example
 from surgvqa.plan import trees_of
 from surgvqa.prepare import prepare
@@ -46,11 +47,19 @@ class Segment:
     tokens: Sequence[Token]
 
 
-def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) -> None:
+def show(
+    recipe: Recipe, part: Part, index: int, out: Path, console: Console, epoch: int | None = None
+) -> None:
     """Write and print what the model sees of the `index`-th image of a part (from 0).
 
-    Needs the model folder's small files, not its weights. Raises BadInput where there is no such image.
+    With `epoch` (from 0) as training shows it then. Needs the model folder's small files, not its weights.
+    Raises BadInput where there is no such image or epoch.
     """
+    if epoch is not None and (recipe.image.augment == "none" or part != "train" or epoch < 0):
+        raise BadInput(
+            f"--epoch {epoch}: only the images of train differ by epoch, from 0 on, where the recipe has "
+            "image.augment: endoscopy"
+        )
     prepared = prepare(recipe)
     questions = prepared.questions(part)
     trees = trees_of(questions.image)
@@ -61,18 +70,26 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
     factor = prepared.folder.factor
     out.mkdir(parents=True, exist_ok=True)
     facts = []
-    for number, image in enumerate(example.images):
+    placements = questions.placements(chosen[0], epoch)
+    for number, (image, placement) in enumerate(zip(example.images, placements, strict=True)):
         canvas = prepared.canvases[image.key]
         file = out / f"canvas-{number}.png"
-        drawn = letterbox.draw(letterbox.open_rgb(image.read()), canvas, recipe.image.fill)
-        boxes = _outline(drawn, canvas, [questions.examples[one] for one in chosen], number)
+        drawn = placement.place(canvas.scale(letterbox.open_rgb(image.read())), recipe.image.fill)
+        boxes = _outline(drawn, placement, [questions.examples[one] for one in chosen], number)
         drawn.save(file)
         facts.append(
             f"{image.key}: {canvas.source_width}×{canvas.source_height} → {canvas.width}×{canvas.height}, "
             f"{canvas.width // factor}×{canvas.height // factor} = {canvas.tokens(factor)} tokens; {file}"
             + (f"; drawn on it: {boxes}" if boxes else "")
         )
-    segments = _segments(questions, chosen)
+        if canvas.picture != (0, 0, *canvas.source_size):
+            facts.append(
+                f"cropped to x {canvas.picture[0]}…{canvas.picture[2]}, "
+                f"y {canvas.picture[1]}…{canvas.picture[3]} of the image"
+            )
+        if isinstance(placement, Augmented):
+            facts.append(f"epoch {epoch}: {placement.by}")
+    segments = _segments(questions, chosen, epoch)
     page = out / "tree.html"
     page.write_text(
         _PAGE.render(facts=facts, images=len(example.images), segments=segments), encoding="utf-8"
@@ -93,7 +110,7 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
     console.print(f"every token with its position and label: {page}", markup=False, soft_wrap=True)
 
 
-def _outline(drawn: Image.Image, canvas: letterbox.Canvas, examples: Sequence[Example], number: int) -> str:
+def _outline(drawn: Image.Image, canvas: Placement, examples: Sequence[Example], number: int) -> str:
     """Draw the boxes in image `number` as the model is told them; returns how many have which colour."""
     pen = ImageDraw.Draw(drawn)
     counts: Counter[str] = Counter()
@@ -111,9 +128,9 @@ def _outline(drawn: Image.Image, canvas: letterbox.Canvas, examples: Sequence[Ex
     return ", ".join(f"{count} {kind} ({BOX_COLOURS[kind]})" for kind, count in counts.items())
 
 
-def _segments(questions: Questions, chosen: Sequence[int]) -> list[Segment]:
+def _segments(questions: Questions, chosen: Sequence[int], epoch: int | None) -> list[Segment]:
     """The tree as it is packed: read back from the tensors that a forward pass gets."""
-    tree = questions.tree(chosen)
+    tree = questions.tree(chosen, epoch=epoch)
     packed = pack([tree])
     ids = packed.ids[0].tolist()
     texts = questions.chat.token_texts(ids)

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from surgvqa import grounding
+from surgvqa.augment import Placement
 from surgvqa.datasets import Example
 from surgvqa.hub import Folder
-from surgvqa.letterbox import Canvas
 from surgvqa.recipe import BadInput
 
 Ints = NDArray[np.int32]
@@ -37,7 +37,7 @@ Ints = NDArray[np.int32]
 _PAIRS = 4096
 """Questions with their answers that are tokenized together: bounds the memory that takes."""
 
-_NONE: Mapping[str, Canvas] = {}
+_NONE: Mapping[str, Placement] = {}
 
 _QUESTION, _ANSWER = "\ufdd0question\ufdd1", "\ufdd0answer\ufdd1"  # noncharacters: in no real text
 
@@ -169,7 +169,7 @@ class ChatTokens:
             self._roots[images] = self._encode([text + cut])[0]
         return self._roots[images]
 
-    def question_text(self, example: Example, canvases: Mapping[str, Canvas] = _NONE) -> str:
+    def question_text(self, example: Example, canvases: Mapping[str, Placement] = _NONE) -> str:
         """The question as the model reads it: with its boxes, and its type's instruction on its own line."""
         question = example.question
         if example.asked_regions:
@@ -178,7 +178,7 @@ class ChatTokens:
         instruction = self.instructions.get(example.question_type)
         return f"{question}\n{instruction}" if instruction else question
 
-    def answer_text(self, example: Example, canvases: Mapping[str, Canvas] = _NONE) -> str:
+    def answer_text(self, example: Example, canvases: Mapping[str, Placement] = _NONE) -> str:
         """`answers[0]` as the model is to write it, with its boxes."""
         answer = example.answers[0].strip()
         if not example.regions:
@@ -186,7 +186,9 @@ class ChatTokens:
         boxes = grounding.on_canvases(example, example.regions, canvases)
         return grounding.write_answer(self.folder.family, answer, boxes, len(example.images))
 
-    def branches(self, examples: Sequence[Example], canvases: Mapping[str, Canvas] = _NONE) -> list[Branch]:
+    def branches(
+        self, examples: Sequence[Example], canvases: Mapping[str, Placement] = _NONE
+    ) -> list[Branch]:
         """One branch for each example, answering `answers[0]`; boxes are those on `canvases` (image key).
 
         Raises BadInput listing every example that holds a special token, or naming the first that cannot
@@ -241,7 +243,7 @@ class ChatTokens:
         self,
         examples: Sequence[Example],
         labels: Sequence[Sequence[str]],
-        canvases: Mapping[str, Canvas] = _NONE,
+        canvases: Mapping[str, Placement] = _NONE,
     ) -> list[Branch]:
         """Each example asked, with one child for each of its labels: the label and its end of turn.
 
@@ -266,7 +268,9 @@ class ChatTokens:
             made[key] = replace(whole[0].asked, children=tuple(children))
         return [made[key] for key in keys]
 
-    def conversation(self, example: Example, canvases: Mapping[str, Canvas] = _NONE) -> list[dict[str, Any]]:
+    def conversation(
+        self, example: Example, canvases: Mapping[str, Placement] = _NONE
+    ) -> list[dict[str, Any]]:
         """The whole conversation as messages for the model's chat template."""
         question, answer = self.question_text(example, canvases), self.answer_text(example, canvases)
         return self._conversation(question, answer, images=len(example.images))

@@ -377,14 +377,16 @@ def _room(prepared: Prepared, start: int, total: int, evaluate_every: int, resum
     )
 
 
-def _jobs(plan: Plan, start: int, total: int, rank: int, world: int) -> Iterator[tuple[Job, list[Group]]]:
-    """This process's micro-batches of every step to come."""
+def _jobs(
+    plan: Plan, start: int, total: int, rank: int, world: int
+) -> Iterator[tuple[Job, list[Group], int]]:
+    """This process's micro-batches of every step to come, each with its epoch."""
     for step in range(start, total):
         trees = plan.step(step)
         mine = plan.share(trees, world)[rank]
         for index, micro_batch in enumerate(mine):
             job = Job(last=index == len(mine) - 1, share=float(bool(micro_batch)))
-            yield job, micro_batch or [trees[0][:1]]
+            yield job, micro_batch or [trees[0][:1]], plan.epoch(step)
 
 
 def _validation(prepared: Prepared) -> Any:

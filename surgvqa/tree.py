@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
@@ -24,17 +25,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from surgvqa.augment import Augmented, Placement, endoscopy
 from surgvqa.datasets import Example, ImageRef
 from surgvqa.endings import PeerLost, ignore_signals
-from surgvqa.letterbox import Canvas, draw, open_rgb
+from surgvqa.grounding import source_pixels
+from surgvqa.letterbox import Box, Canvas, open_rgb
 from surgvqa.recipe import BadInput
 from surgvqa.tokens import Branch, ChatTokens, Root
 
 BLOCK = 128
 """Side of the tiles in which FlexAttention skips what the mask rules out."""
 
+_BOX_TOKENS = 24
+"""A box that moves is written with at most so many tokens more: 16 digits, and marks that they may join."""
+
 KEPT_BYTES = 2**30
-"""Memory in which the processes of a machine, together, may keep drawn canvases."""
+"""Memory in which the processes of a machine, together, may keep pictures scaled to their canvases."""
 
 
 @dataclass(frozen=True)
@@ -228,11 +234,15 @@ class Questions:
         canvases: Mapping[str, Canvas],
         *,
         fill: str = "black",
+        augment: str = "none",
+        seed: int = 0,
         weights: NDArray[np.float64] | None = None,
         per: str = "token",
         labels: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        """`canvases` maps image keys; `weights` (questions,) are class weights; `per` as in the recipe.
+        """`canvases` maps image keys; `weights` (questions,) are class weights.
+
+        `per`, `fill`, `augment` and `seed` are as in the recipe.
 
         `labels` are each question's possible answers, where it is to be asked which one is right.
         """
@@ -240,9 +250,11 @@ class Questions:
         self.chat = chat
         self.canvases = canvases
         self.fill = fill
+        self.augment = augment
+        self.seed = seed
         self._kept: dict[str, Image.Image] = {}
         self.room = KEPT_BYTES
-        """Bytes left for canvases to keep."""
+        """Bytes left for scaled pictures to keep."""
         self.labels = labels
         self.branches = chat.branches(examples, canvases)
         self.candidates = None if labels is None else chat.candidates(examples, labels, canvases)
@@ -254,6 +266,12 @@ class Questions:
         self.total_weights = self.token_weights * answer_tokens
         """(questions,) weight of the whole question."""
         self.answer_tokens = answer_tokens.astype(np.int64)
+        self._boxes: defaultdict[str, list[tuple[Canvas, Box]]] = defaultdict(list)
+        for example in examples if augment != "none" else ():
+            for region in (*example.asked_regions, *example.regions):
+                canvas = canvases[example.images[region.image].key]
+                box = source_pixels(region, canvas.source_size).box
+                self._boxes[example.image_key].append((canvas, box))
         numbers: dict[str, int] = {}
         self.image = np.array(
             [numbers.setdefault(example.image_key, len(numbers)) for example in examples], np.int64
@@ -263,23 +281,53 @@ class Questions:
         self.branch_tokens = np.array(
             [branch.tokens for branch in self.candidates or self.branches], np.int64
         )
+        """(questions,) length of each branch; where its boxes move, what it is at most."""
+        if augment != "none":
+            boxes = [len(example.asked_regions) + len(example.regions) for example in examples]
+            self.branch_tokens += _BOX_TOKENS * np.array(boxes, np.int64)
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def tree(self, questions: Sequence[int], *, asked: bool = False) -> Tree:
+    def placements(self, question: int, epoch: int | None = None) -> list[Placement]:
+        """How a training epoch shows each of a question's images; None: as evaluation shows them.
+
+        All images of a question are moved alike, as frames of one clip must be. All its image's questions
+        get the same, since they share a tree.
+        """
+        example = self.examples[question]
+        canvases = [self.canvases[image.key] for image in example.images]
+        if epoch is None or self.augment == "none":
+            return list(canvases)
+        by = endoscopy(self.seed, epoch, example.image_key, self._boxes.get(example.image_key, ()))
+        return [Augmented(canvas, by) for canvas in canvases]
+
+    def tree(self, questions: Sequence[int], *, asked: bool = False, epoch: int | None = None) -> Tree:
         """The tree of questions that share their images; `asked` leaves the answers off, for decoding.
 
-        Raises BadInput naming an image that can no longer be read.
+        `epoch` is for training, whose images may differ by epoch. Raises BadInput naming an image that can
+        no longer be read.
         """
         example = self.examples[questions[0]]
-        patches = [self.chat.patches(self._drawn(image)) for image in example.images]
+        placements = self.placements(questions[0], epoch)
+        patches = [
+            self.chat.patches(placement.place(self._scaled(image), self.fill))
+            for image, placement in zip(example.images, placements, strict=True)
+        ]
         if asked and self.candidates:
             branches = [self.candidates[question] for question in questions]
         else:
-            branches = [self.branches[question] for question in questions]
+            branches = [self._branch(question, placements) for question in questions]
             branches = [branch.asked for branch in branches] if asked else branches
-        weights = [float(self.token_weights[question]) for question in questions]
+        # A question weighs the same in every epoch, however its boxes are written.
+        weights = (
+            [
+                float(self.total_weights[question]) / branch.answer
+                for question, branch in zip(questions, branches, strict=True)
+            ]
+            if not asked
+            else []
+        )
         return Tree(
             root=self.chat.root(self._grids(example)),
             branches=branches,
@@ -288,24 +336,44 @@ class Questions:
             grids=[self.canvases[image.key].grid(self.chat.folder.patch) for image in example.images],
         )
 
-    def pack(self, trees: Sequence[Sequence[int]], *, asked: bool = False, cuda: bool = False) -> Pack:
-        """Trees of question numbers as one pack; for `cuda` padded to whole blocks."""
-        return pack([self.tree(tree, asked=asked) for tree in trees], multiple=BLOCK if cuda else 1)
+    def _branch(self, question: int, placements: Sequence[Placement]) -> Branch:
+        """A question's branch, with its boxes where the images are placed."""
+        example = self.examples[question]
+        moved = any(isinstance(placement, Augmented) for placement in placements)
+        if not moved or not (example.asked_regions or example.regions):
+            return self.branches[question]
+        keys = [image.key for image in example.images]
+        return self.chat.branches([example], dict(zip(keys, placements, strict=True)))[0]
 
-    def _drawn(self, image: ImageRef) -> Image.Image:
-        """An image on its canvas; kept while there is room, since its questions come back every epoch."""
+    def pack(
+        self,
+        trees: Sequence[Sequence[int]],
+        *,
+        asked: bool = False,
+        epoch: int | None = None,
+        cuda: bool = False,
+    ) -> Pack:
+        """Trees of question numbers as one pack, see `tree`; for `cuda` padded to whole blocks."""
+        made = [self.tree(tree, asked=asked, epoch=epoch) for tree in trees]
+        return pack(made, multiple=BLOCK if cuda else 1)
+
+    def _scaled(self, image: ImageRef) -> Image.Image:
+        """An image scaled to its canvas, before anything that differs by epoch.
+
+        Kept while there is room, since its questions come back every epoch.
+        """
         if image.key in self._kept:
             return self._kept[image.key]
         canvas = self.canvases[image.key]
         try:
-            drawn = draw(open_rgb(image.read()), canvas, self.fill)
+            scaled = canvas.scale(open_rgb(image.read()))
         except (OSError, ValueError) as error:
             raise BadInput(f"image {image.key}: {error}") from error
-        size = 3 * canvas.width * canvas.height
+        size = 3 * scaled.width * scaled.height
         if self.room >= size:
             self.room -= size
-            self._kept[image.key] = drawn
-        return drawn
+            self._kept[image.key] = scaled
+        return scaled
 
     def _grids(self, example: Example) -> list[tuple[int, int]]:
         """(rows, columns) of each image in tokens."""
@@ -317,14 +385,15 @@ Label = TypeVar("Label")
 
 def packs(
     questions: Questions,
-    jobs: Iterable[tuple[Label, Sequence[Sequence[int]]]],
+    jobs: Iterable[tuple[Label, Sequence[Sequence[int]], int | None]],
     *,
     asked: bool = False,
     workers: int = 0,
     cuda: bool = False,
 ) -> Iterator[tuple[Label, Pack]]:
-    """Pack the trees of each `(label, trees)` in order, ahead of need where there are workers.
+    """Pack the trees of each `(label, trees, epoch)` in order, ahead of need where there are workers.
 
+    The epoch is that of training, from 0; None: images as evaluation shows them.
     For `cuda` they are padded to whole blocks and pinned. Raises BadInput naming an image that can no
     longer be read.
     """
@@ -369,10 +438,12 @@ class _Packing(Dataset[tuple[Label, "Pack | BadInput"]], Generic[Label]):
     def __init__(self, questions: Questions, asked: bool, cuda: bool) -> None:
         self.questions, self.asked, self.cuda = questions, asked, cuda
 
-    def __getitem__(self, job: tuple[Label, Sequence[Sequence[int]]]) -> tuple[Label, Pack | BadInput]:
-        label, trees = job
+    def __getitem__(
+        self, job: tuple[Label, Sequence[Sequence[int]], int | None]
+    ) -> tuple[Label, Pack | BadInput]:
+        label, trees, epoch = job
         try:
-            return label, self.questions.pack(trees, asked=self.asked, cuda=self.cuda)
+            return label, self.questions.pack(trees, asked=self.asked, epoch=epoch, cuda=self.cuda)
         except BadInput as error:  # raised in a worker it would reach the person as a page of traceback
             return label, error
 

@@ -15,15 +15,15 @@ from surgvqa import recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
-    "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "scan", "grounding", "metrics",
-    "audit", "hub", "findings", "tokens", "tree", "plan", "attention", "model", "flops", "loss",
+    "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "scan", "grounding",
+    "metrics", "audit", "hub", "findings", "tokens", "tree", "plan", "attention", "model", "flops", "loss",
     "processes", "memory", "checkpoint", "decode", "prepare", "evaluate", "banner", "lock", "run", "peers",
     "replay", "train", "show", "launch", "slurm", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
-    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "scan", "grounding", "metrics",
-    "audit", "hub", "findings", "launch", "slurm", "cli",
+    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "scan", "grounding",
+    "metrics", "audit", "hub", "findings", "launch", "slurm", "cli",
 ]  # fmt: skip
 
 

@@ -11,11 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from surgvqa.letterbox import MAX_PIXELS, Canvas, draw, open_rgb, plan_canvas, snap, source_size
+from surgvqa.letterbox import (
+    MAX_PIXELS,
+    Canvas,
+    Rectangle,
+    draw,
+    find_picture,
+    open_rgb,
+    plan_canvas,
+    snap,
+    source_size,
+)
 
-AWKWARD = Path(__file__).resolve().parents[2] / "shared/data/awkward"
+SHARED = Path(__file__).resolve().parents[2] / "shared/data"
+AWKWARD = SHARED / "awkward"
 
 
 def encode(image: Image.Image, format: str, **options: object) -> bytes:
@@ -150,6 +161,125 @@ def test_a_box_lands_on_what_it_surrounds() -> None:
     found = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     assert canvas.to_canvas((60, 40, 180, 130)) == pytest.approx(found, abs=1)
     assert canvas.to_source(found) == pytest.approx((60, 40, 180, 130), abs=1)
+
+
+# ---- the black border ---------------------------------------------------------------------------------
+
+
+def scope(size: tuple[int, int], field: Rectangle, *, round_: bool = True, black: int = 0) -> Image.Image:
+    """A picture with a dark lumen in the round (or square) field of an endoscope, as JPEG gives it."""
+    image = Image.new("RGB", size, (black, black, black))
+    pen = ImageDraw.Draw(image)
+    inside = field[0], field[1], field[2] - 1, field[3] - 1
+    (pen.ellipse if round_ else pen.rectangle)(inside, fill=(150, 80, 60))
+    middle = (field[0] + field[2]) // 2, (field[1] + field[3]) // 2
+    third = (field[2] - field[0]) // 3
+    pen.ellipse((middle[0] - third, middle[1] - third, middle[0] + third, middle[1] + third), fill=(8, 5, 4))
+    return Image.open(BytesIO(encode(image, "JPEG", quality=70))).convert("RGB")
+
+
+def assert_close(found: Rectangle, expected: Rectangle, size: tuple[int, int]) -> None:
+    for edge, (one, other) in enumerate(zip(found, expected, strict=True)):
+        # JPEG's colours reach some pixels over an edge, which is much of a small image.
+        assert abs(one - other) <= max(5, 0.015 * size[edge % 2]), (found, expected)
+
+
+@pytest.mark.parametrize("round_", [True, False], ids=["round", "square"])
+@pytest.mark.parametrize("black", [0, 16])
+@pytest.mark.parametrize(
+    ("size", "field"),
+    [
+        ((1920, 1080), (460, 70, 1470, 1080)),
+        ((640, 480), (90, 0, 570, 480)),
+        ((300, 200), (40, 30, 180, 170)),
+        ((96, 64), (10, 2, 70, 62)),
+    ],
+)
+def test_the_border_is_found(size: tuple[int, int], field: Rectangle, round_: bool, black: int) -> None:
+    assert_close(find_picture(scope(size, field, round_=round_, black=black)), field, size)
+
+
+def test_noise_text_and_a_box_beside_the_picture_do_not_move_the_border() -> None:
+    size, field = (720, 576), (200, 20, 700, 520)
+    image = scope(size, field)
+    pen = ImageDraw.Draw(image)
+    for line in range(6):
+        pen.text((10, 30 + 40 * line), "Sex: F  12/03/2016", fill="white")
+    pen.rectangle((10, 420, 150, 560), fill=(20, 160, 120))
+    noisy = np.asarray(image).astype(int)
+    rng = np.random.default_rng(0)
+    noisy += rng.normal(0, 4, noisy.shape).astype(int)
+    noisy[rng.random(size[::-1]) < 0.003] = 255  # hot pixels
+    found = find_picture(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)))
+    assert_close(found, field, size)
+
+
+def test_what_touches_the_picture_stays() -> None:
+    image = scope((720, 576), (200, 20, 700, 520))
+    ImageDraw.Draw(image).rectangle((60, 300, 380, 560), fill=(20, 160, 120))
+    assert_close(find_picture(image), (60, 20, 700, 561), image.size)
+
+
+def test_no_crop_where_there_is_no_telling() -> None:
+    pictures = {
+        "dark": Image.new("RGB", (320, 240), (9, 9, 9)),
+        "bright": Image.new("RGB", (320, 240), (90, 40, 40)),
+        "one bright spot": scope((640, 480), (300, 200, 340, 240)),
+        "two halves": Image.new("RGB", (640, 480)),
+        "one pixel": Image.new("RGB", (1, 1)),
+        "a line": Image.new("RGB", (10_000, 1), "white"),
+    }
+    pictures["two halves"].paste((150, 80, 60), (20, 20, 300, 460))
+    pictures["two halves"].paste((150, 80, 60), (340, 20, 620, 460))
+    for name, image in pictures.items():
+        assert find_picture(image) == (0, 0, *image.size), name
+
+
+def test_a_cropped_canvas_is_that_of_the_picture_alone() -> None:
+    rng = random.Random(7)
+    image = Image.effect_noise((301, 207), 90).convert("RGB")
+    for mode, size, most in (("letterbox", 224, None), ("native", None, 40)):
+        for _ in range(20):
+            x1, y1 = rng.randrange(150), rng.randrange(100)
+            picture = x1, y1, rng.randrange(x1 + 20, 302), rng.randrange(y1 + 20, 208)
+            options = {"mode": mode, "size": size, "max_tokens": most, "factor": 28}
+            canvas = plan_canvas(image.size, picture=picture, **options)  # type: ignore[arg-type]
+            alone = image.crop(picture)
+            plain = plan_canvas(alone.size, **options)  # type: ignore[arg-type]
+            assert canvas.tokens(28) == plain.tokens(28)
+            assert np.array_equal(draw(image, canvas, "#305070"), draw(alone, plain, "#305070"))
+            box = (x1 + 2.5, y1 + 3.0, picture[2] - 4.0, picture[3] - 1.5)
+            moved = canvas.to_canvas(box)
+            assert moved == pytest.approx(
+                plain.to_canvas((box[0] - x1, box[1] - y1, box[2] - x1, box[3] - y1))
+            )
+            assert canvas.to_source(moved) == pytest.approx(box)
+            if mode == "native":  # what the crop took of a box is gone, the rest comes back
+                whole = canvas.to_source(canvas.to_canvas((0, 0, *image.size)))
+                assert whole == pytest.approx(picture)
+                left, _, right, _ = canvas.to_canvas((0, 0, x1 / 2, y1 / 2))
+                assert left == right == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("images/sinus_endoscopy/00004584.jpg", (460, 70, 1528, 1045)),  # wide surround
+        ("images/simula/kvasir-instrument.jpg", (48, 24, 676, 558)),
+        ("images/simula/hyperkvasir.jpg", (0, 0, 1220, 1011)),  # black corners alone
+        ("images/simula/polyp.jpg", (0, 0, 474, 400)),  # text and a green box in the picture
+        ("images/kvasir_seg/images/cju14pxbaoksp0835qzorx6g6.jpg", (0, 0, 622, 530)),  # text, a black box
+        ("cholect50-challenge-val/videos/VID70/000030.png", (94, 0, 528, 344)),
+        ("cholect50-challenge-val/videos/VID74/000580.png", (36, 0, 620, 396)),  # black is 12
+        ("surgvu25/data/testdata/SURGVU25/case122/frame_000009.jpg", (190, 5, 1090, 720)),
+    ],
+)
+def test_the_border_of_a_real_image(name: str, expected: Rectangle) -> None:
+    file = SHARED / name
+    if not file.exists():
+        pytest.skip(f"{name} is not here; the tests above cover generated images of its kind")
+    image = open_rgb(file.read_bytes())
+    assert_close(find_picture(image), expected, image.size)
 
 
 # ---- drawing ------------------------------------------------------------------------------------------

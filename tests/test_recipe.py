@@ -66,7 +66,10 @@ train: {lr: fast, epochs: 1.5, precision: fp16}
     [
         ("image: {mode: native}", "image.max_tokens: missing"),
         ("image: {mode: native, max_tokens: 100, size: 768}", "image.size: is for mode letterbox"),
-        ("image: {mode: native, max_tokens: 100, fill: white}", "image.fill: is for mode letterbox"),
+        (
+            "image: {mode: native, max_tokens: 100, fill: white}",
+            "image.fill: is for mode letterbox or ",
+        ),
         ("image: {}", "image.size: missing"),
         ("image: {size: 768, max_tokens: 10}", "image.max_tokens: is for mode native"),
         ("data: {format: csv}", "data.path: missing"),

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import noise_image
 from PIL import Image, ImageEnhance
@@ -20,7 +19,7 @@ from sources import load
 
 from surgvqa import scan as scanning
 from surgvqa.datasets import ImageRef
-from surgvqa.scan import ImageFacts, border, near, scan
+from surgvqa.scan import ImageFacts, near, scan
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 
@@ -271,16 +270,6 @@ def test_hashes_stay_near_when_a_picture_is_saved_again(tmp_path: Path) -> None:
     }.items():
         pair = [found["same.png"].phash or "", found[name].phash or ""]
         assert bool(near(pair[:1], pair[1:], 4)) == is_near, name
-
-
-def test_border_of_noise_and_of_nothing() -> None:
-    assert border(Image.new("L", (50, 50))) == 1.0
-    assert border(Image.new("L", (50, 50), 200)) == 0.0
-    rng = np.random.default_rng(0)
-    noisy = rng.integers(0, 15, (100, 100), dtype=np.uint8)
-    noisy[3, 3] = 255  # one hot pixel
-    noisy[20:80, 10:90] = 120
-    assert border(Image.fromarray(noisy)) == pytest.approx(1 - 0.6 * 0.8)
 
 
 def test_real_awkward_images() -> None:

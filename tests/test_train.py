@@ -197,7 +197,7 @@ def test_an_image_that_goes_away_during_training_is_named(settings: Any, workers
     for image in Path(settings().data.path).parent.glob("*.png"):
         image.unlink()
     with pytest.raises(BadInput) as caught:
-        list(tree.packs(questions, [("first", [[0]])], workers=workers))
+        list(tree.packs(questions, [("first", [[0]], None)], workers=workers))
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith("image ")
     assert "Traceback" not in caught.value.problems[0]

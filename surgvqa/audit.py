@@ -207,9 +207,9 @@ def audit(
 
     `mode` and `crop` are the recipe's of `image`, and `by` what its split keeps together: a split by image
     may put a group in two parts, which is a warning then. Texts that hold one of the model's
-    `special_tokens` are errors. Data without questions to train on is an error only if it `trains`. With `skip` bad rows, and
-    questions about bad images, are left out and become warnings; everything else is checked without them.
-    `headers` and `progress` are those of `scan`.
+    `special_tokens` are errors. Data without questions to train on is an error only if it `trains`. With
+    `skip` bad rows, and questions about bad images, are left out and become warnings; everything else is
+    checked without them. `headers` and `progress` are those of `scan`.
     """
     uses: dict[str, list[Example]] = defaultdict(list)
     refs: dict[str, ImageRef] = {}

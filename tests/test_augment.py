@@ -15,9 +15,10 @@ from conftest import noise_image, write_jsonl
 from PIL import Image
 
 from surgvqa import cli, evaluate, processes, recipe
-from surgvqa.augment import MOST_LOST, Augmentation, Augmented, endoscopy, source_box
+from surgvqa.augment import MOST_LOST, Augmentation, Augmented, endoscopy
 from surgvqa.banner import banner
 from surgvqa.datasets import Region
+from surgvqa.grounding import source_pixels
 from surgvqa.letterbox import Canvas, draw, open_rgb, plan_canvas
 from surgvqa.memory import Fit, fit
 from surgvqa.prepare import Prepared, prepare
@@ -114,7 +115,6 @@ def test_what_leaves_the_canvas_is_cut_off_a_box() -> None:
     assert right.shown((300, 0, 400, 400)) == 0
     assert right.shown((200, 0, 400, 400)) == pytest.approx(0.5)
     assert right.shown((0, 0, 100, 100)) == pytest.approx(1)
-    assert source_box(Region((0.5, 0.25, 1, 1), relative=True), (400, 200)) == (200, 50, 400, 200)
 
 
 def test_movements_that_would_hide_a_box_are_drawn_anew() -> None:
@@ -237,7 +237,7 @@ def test_frames_of_one_question_move_alike(data: Path) -> None:
         assert isinstance(one, Augmented)
         assert isinstance(two, Augmented)
         assert one.by == two.by
-        assert two.shown(source_box(clip.regions[0], two.source_size)) >= 1 - MOST_LOST
+        assert two.shown(source_pixels(clip.regions[0], two.source_size).box) >= 1 - MOST_LOST
 
 
 def test_evaluation_and_the_memory_probe_see_plain_canvases(

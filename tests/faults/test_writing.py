@@ -286,6 +286,7 @@ def test_thirty_saves_among_foreign_folders(runs: Runs) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
     (root / ".tmp-step-000099").mkdir()
+    (root.parent / "metrics.jsonl").touch()  # of a run that left no checkpoint
     words = ["train.max_steps=30", "checkpoint.every=1", "eval.every=14", "eval.questions=2"]
     run = runs.here("foreign", *words)
     rows = [json.loads(line) for line in (run / "eval.jsonl").open(encoding="utf-8")]

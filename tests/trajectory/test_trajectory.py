@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,11 @@ def test_label_probabilities_do_not_depend_on_processes(runs: Runs) -> None:
     assert done.returncode == 0, done.stderr
     for run in (alone, runs.folder / "labels-together"):
         rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-        found.append({row["id"]: row["probabilities"] for row in rows})
+        nats = [{label: math.log(p) for label, p in row["probabilities"].items()} for row in rows]
+        found.append({row["id"]: each for row, each in zip(rows, nats, strict=True)})
     assert found[0].keys() == found[1].keys()
-    for question, probabilities in found[0].items():
-        assert found[1][question] == pytest.approx(probabilities, rel=1e-5)
+    for question, nats_of_labels in found[0].items():
+        assert found[1][question] == pytest.approx(nats_of_labels, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])

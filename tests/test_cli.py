@@ -225,9 +225,8 @@ def test_many_rows_with_the_same_fault_are_one_line(recipe: Path, capsys: pytest
     rows = len(data.read_text().splitlines())
     assert rows > 20
     said = fails(recipe, capsys, command="check")
-    assert (
-        f"questions.jsonl:1: answer is missing (and {rows - 1} more rows, the last at {data}:{rows})" in said
-    )
+    assert "questions.jsonl:1: answer is missing; the row has id, image, question, anwser" in said
+    assert f" (and {rows - 1} more rows, the last at {data}:{rows})" in said
     assert said.count("answer is missing") == 1
     assert "holds no questions" not in said
 

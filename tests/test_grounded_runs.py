@@ -105,7 +105,8 @@ def test_tokens_of_boxes_stay_errors_in_the_data(chat: ChatTokens, token: str) -
     for example in bad:
         with pytest.raises(BadInput, match=rf"a:\d: holds the special token {token.replace('|', '.')}"):
             chat.branches([example], CANVASES)
-    found = audit(Dataset(bad, []), mode="letterbox", special_tokens=chat.folder.special_tokens)
+    numbered = [replace(example, id=str(number)) for number, example in enumerate(bad)]
+    found = audit(Dataset(numbered, []), mode="letterbox", special_tokens=chat.folder.special_tokens)
     held = [problem.place for problem in found.problems if "special token" in problem.what]
     assert held == ["a:1", "a:2", "a:3", "a:4"]
 

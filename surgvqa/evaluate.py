@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from rich.progress import Progress
 from rich.table import Table
 
-from surgvqa import checkpoint, metrics, processes, recipe
+from surgvqa import checkpoint, processes, recipe, scores
 from surgvqa.datasets import Example
 from surgvqa.decode import greedy, log_probabilities
 from surgvqa.endings import PeerLost, Preempted, Stop
@@ -161,7 +161,8 @@ def examine(
             stop=stop,
             advance=lambda done: advance(done * accelerator.num_processes),
         )
-    result = {**metrics.scores(predictions, prepared.prior()), "split": part, "checkpoint": folder.name}
+    found = main_first(accelerator, lambda: scores.score(predictions, prepared.prior()))
+    result = {**found, "split": part, "checkpoint": folder.name}
     if overrides:
         result["overrides"] = list(overrides)
     if accelerator.is_main_process:
@@ -178,11 +179,15 @@ def examine(
 def _show(result: Mapping[str, Any], files: tuple[Path, Path], console: Console) -> None:
     table = Table(title=f"exact match on {result['split']}, and the prior: each question's majority answer")
     table.add_column("question type")
-    for heading in ("questions", "exact %", "prior %"):
+    for heading in ("questions", "exact %", "95 % interval", "prior %"):
         table.add_column(heading, justify="right")
-    for row in metrics.table(result):
+    rows = scores.table(result)
+    for row in rows:
         table.add_row(*row)
     console.print(table)
+    for mark, meaning in scores.MARKS.items():
+        if any(mark in row[1] for row in rows):
+            console.print(f"{mark} {meaning}")
     console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
 
 

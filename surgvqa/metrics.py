@@ -1,10 +1,10 @@
-"""Predictions as scores, each beside the prior that needs no image. Imports no torch."""
+"""Predictions, exact match, and the prior that needs no image: what training looks at. Imports no torch."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,15 +105,3 @@ def class_weights(answers: Sequence[str], kind: str) -> dict[str, float]:
     }
     mean = sum(weights[answer] * n for answer, n in counts.items()) / len(answers)
     return {answer: weight / mean for answer, weight in weights.items()}
-
-
-def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Scores as rows (what, questions, exact %, prior %), the whole first."""
-    rows = {"all": result["overall"], **result["by_type"]}
-    return [
-        (name, str(row["n"]), _percent(row["exact"]), _percent(row["prior"])) for name, row in rows.items()
-    ]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"

@@ -18,6 +18,7 @@ from typing import get_args
 
 from surgvqa import datasets
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem
+from surgvqa.grounding import misplaced
 from surgvqa.letterbox import Size, check_aspect, open_rgb
 from surgvqa.metrics import normalise
 from surgvqa.recipe import Part, Recipe, printable
@@ -99,6 +100,13 @@ def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> It
         chosen = recipe.eval.answers == "labels" and example.split in evaluated
         labels = closed_set(recipe, example) if chosen else recipe.data.labels.get(kind, ())
         groups[kind, chosen, tuple(labels)].append(example)
+    boxed = [e for e in dataset.examples if e.regions and e.split in evaluated]
+    if recipe.eval.answers == "labels" and boxed:
+        yield Problem(
+            "eval.answers",
+            f"labels cannot answer with boxes, as {_count(len(boxed), 'question')} should (the first at "
+            f"{boxed[0].place}); set eval.answers: generate",
+        )
     for kind, given in recipe.data.labels.items():
         counts = Counter(map(normalise, given))
         if alike := [label for label in given if counts[normalise(label)] > 1]:
@@ -174,6 +182,7 @@ def audit(
             else:
                 problems.append(_broken(key, result, uses[key]))
     problems += _special(dataset, special_tokens)
+    problems += _boxes(dataset, found)
     problems += _parts(dataset)
     problems += _leaks(uses, by)
     problems += _copies(found, uses)
@@ -228,13 +237,19 @@ def _broken(key: str, why: str, examples: Sequence[Example]) -> Problem:
 
 def _special(dataset: Dataset, tokens: Collection[str]) -> Iterator[Problem]:
     for example in dataset.examples:
-        held = sorted(
-            token for token in tokens if any(token in text for text in (example.question, *example.answers))
-        )
+        held = sorted(token for token in tokens if any(token in text for text in example.texts))
         if held:
             yield Problem(
                 example.place, f"holds the special token {held[0]}, which would break the conversation"
             )
+
+
+def _boxes(dataset: Dataset, found: Mapping[str, _Image]) -> Iterator[Problem]:
+    """Boxes that are empty, reach out of their image, or do not fit the question's places for them."""
+    sizes = {key: image.size for key, image in found.items()}
+    for example in dataset.examples:
+        for what in misplaced(example, sizes):
+            yield Problem(example.place, what)
 
 
 def _parts(dataset: Dataset) -> Iterator[Problem]:

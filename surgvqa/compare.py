@@ -198,20 +198,23 @@ def _same_questions(a: Run, b: Run, rows_a: Sequence[Prediction], rows_b: Sequen
 def _compared(
     scored: tuple[Scored, Scored], pairs: Sequence[tuple[Bucket, Bucket]], resamples: int, seed: int
 ) -> list[Compared]:
-    every = [score for pair in pairs for bucket in pair for score in bucket.scores]
-    samples = bootstrap(every, resamples=resamples, seed=seed) if len(scored[0].groups) > 1 else []
-    drawn = {id(score): rows for score, rows in zip(every, samples, strict=bool(samples))}
+    every = [tally for pair in pairs for bucket in pair for tally in bucket.scores]
+    drawn = bootstrap(every, resamples=resamples, seed=seed) if len(scored[0].groups) > 1 else []
+    samples = dict(zip(map(id, every), drawn, strict=bool(drawn)))
 
     def columns(bucket: Bucket) -> dict[str, Array]:
         return {
-            name: drawn[id(score)][:, place] if drawn else np.zeros(0)
-            for score in bucket.scores
-            for place, name in enumerate(score.names)
+            name: samples[id(tally)][:, place] if samples else np.zeros(0)
+            for tally in bucket.scores
+            for place, name in enumerate(tally.names)
         }
+
+    def values(bucket: Bucket) -> dict[str, float | None]:
+        return {name: value for tally in bucket.scores for name, value in tally.told().items()}
 
     found = []
     for one, two in pairs:
-        a, b, draws_a, draws_b = one.values(), two.values(), columns(one), columns(two)
+        a, b, draws_a, draws_b = values(one), values(two), columns(one), columns(two)
         differences = {}
         for name, value in a.items():
             other = b.get(name)

@@ -16,8 +16,8 @@ from accelerate.utils import gather_object
 from rich.progress import Progress
 from rich.table import Table
 
-from surgvqa import checkpoint, processes, recipe, scores
-from surgvqa.datasets import Example
+from surgvqa import checkpoint, grounding, processes, recipe, scores
+from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
 from surgvqa.endings import PeerLost, Preempted, Stop
 from surgvqa.metrics import Prediction
@@ -88,7 +88,7 @@ def predict(
     agree(len(starts))
     network.train(was_training)
     return [
-        _prediction(questions.examples[number], answer, probabilities)
+        _prediction(prepared, questions.examples[number], answer, probabilities)
         for number, answer, probabilities in sorted(gather_object(answered), key=lambda row: int(row[0]))
     ]
 
@@ -111,7 +111,7 @@ def _answers(
             attn=compute.attn,
             autocast=compute.autocast,
         )
-        return [(prepared.chat.text(ids), None) for ids in written]
+        return [(prepared.chat.text(ids, boxes=prepared.grounded), None) for ids in written]
     labels = [questions.labels[question] for question in asked]
     nats = log_probabilities(network, pack, attn=compute.attn, autocast=compute.autocast)
     return [
@@ -120,7 +120,18 @@ def _answers(
     ]
 
 
-def _prediction(example: Example, answer: str, probabilities: Probabilities) -> Prediction:
+def _prediction(
+    prepared: Prepared, example: Example, answer: str, probabilities: Probabilities
+) -> Prediction:
+    canvases = [prepared.canvases[image.key] for image in example.images]
+    found: list[Region] = []
+    if prepared.grounded and probabilities is None:
+        answer, found = grounding.parse_answer(answer, len(canvases))
+        found = [grounding.in_source(region, canvases[region.image]) for region in found]
+    expected = [
+        grounding.source_pixels(region, canvases[region.image].source_size) for region in example.regions
+    ]
+    with_boxes = bool(found or expected)
     return Prediction(
         id=example.id,
         image=example.image_key,
@@ -130,6 +141,9 @@ def _prediction(example: Example, answer: str, probabilities: Probabilities) -> 
         references=list(example.answers),
         answer=answer,
         probabilities=probabilities,
+        regions=grounding.as_rows(found) if with_boxes else None,
+        reference_regions=grounding.as_rows(expected) if with_boxes else None,
+        image_sizes=[list(canvas.source_size) for canvas in canvases] if with_boxes else None,
     )
 
 
@@ -188,6 +202,11 @@ def _show(result: Mapping[str, Any], files: tuple[Path, Path], console: Console)
     for mark, meaning in scores.MARKS.items():
         if any(mark in row[1] for row in rows):
             console.print(f"{mark} {meaning}")
+    if "iou" in (overall := result["overall"]):
+        console.print(
+            f"{overall['boxes']} questions with boxes: "
+            f"mean IoU {overall['iou']:.3f}, AP50 {overall['ap50']:.3f}"
+        )
     console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
 
 

@@ -43,8 +43,10 @@ class Tally:
     formula: Callable[[Array], Array]
     """(..., k) sums to (..., len(names)) scores; NaN where one is not defined."""
 
-    def values(self) -> Array:
-        return self.formula(self.sums.sum(0))
+    def told(self) -> dict[str, float | None]:
+        """Each score's value on the questions themselves; None where it is not defined."""
+        values = self.formula(self.sums.sum(0))
+        return {n: float(v) if np.isfinite(v) else None for n, v in zip(self.names, values, strict=True)}
 
 
 def summed(statistics: Array, groups: NDArray[np.intp], count: int) -> Array:

@@ -66,6 +66,11 @@ class Canvas:
     source_height: int
 
     @property
+    def source_size(self) -> Size:
+        """Width and height of the source image in pixels."""
+        return self.source_width, self.source_height
+
+    @property
     def drawn_size(self) -> Size:
         """Width and height of the source image once it is on the canvas, in pixels."""
         return round(self.source_width * self.scale_x), round(self.source_height * self.scale_y)

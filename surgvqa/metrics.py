@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,12 +24,17 @@ class Prediction:
     answer: str
     probabilities: dict[str, float] | None = None
     """Label → probability among the labels, where the answer was chosen among them."""
+    regions: list[dict[str, Any]] | None = None
+    """The answer's boxes in source pixels, `{"label", "box": [x1, y1, x2, y2], "image": from 0}`; None where
+    neither the answer nor the reference has any."""
+    reference_regions: list[dict[str, Any]] | None = None
+    """Those that it should have."""
+    image_sizes: list[list[int]] | None = None
+    """Width and height of each image in pixels, where there are regions."""
 
     def row(self) -> dict[str, Any]:
-        row = asdict(self)
-        if self.probabilities is None:
-            del row["probabilities"]
-        return row
+        optional = ("probabilities", "regions", "reference_regions", "image_sizes")
+        return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
 
 
 def normalise(answer: str) -> str:
@@ -75,7 +80,12 @@ def _majority(counter: Counter[str]) -> str:
 
 
 def scores(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
-    """`{"overall": {"n", "exact", "prior"}, "by_type": {type: {...}}}`: shares of 1, unrounded."""
+    """`{"overall": {"n", "exact", "prior"}, "by_type": {type: {...}}}`: shares of 1, unrounded.
+
+    Where references have boxes also `boxes`, how many questions do, and `iou`: over these the mean of
+    the matched boxes' IoU, summed and divided by the number of boxes in the answer or in the reference,
+    whichever is larger.
+    """
     by_type: dict[str, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
         by_type[prediction.question_type].append(prediction)
@@ -89,7 +99,46 @@ def _score(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
     n = len(predictions)
     right = sum(exact(row.answer, row.references) for row in predictions)
     guessed = sum(exact(prior.answer(row.question, row.question_type), row.references) for row in predictions)
-    return {"n": n, "exact": right / n if n else None, "prior": guessed / n if n else None}
+    found = {"n": n, "exact": right / n if n else None, "prior": guessed / n if n else None}
+    overlaps = [
+        sum(matches(row.regions or [], row.reference_regions))
+        / max(len(row.regions or []), len(row.reference_regions))
+        for row in predictions
+        if row.reference_regions
+    ]
+    return {**found, "boxes": len(overlaps), "iou": sum(overlaps) / len(overlaps)} if overlaps else found
+
+
+def matches(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The IoU of each pair of boxes that belong together; none of a pair is in another one.
+
+    Pairs are made by falling IoU, of boxes in the same image that overlap.
+    """
+    pairs = sorted(
+        (
+            (iou(one["box"], other["box"]), -first, -second)
+            for first, one in enumerate(found)
+            for second, other in enumerate(expected)
+            if one["image"] == other["image"]
+        ),
+        reverse=True,
+    )
+    overlaps, taken, given = [], set(), set()
+    for overlap, first, second in pairs:
+        if overlap and first not in taken and second not in given:
+            overlaps.append(overlap)
+            taken.add(first)
+            given.add(second)
+    return overlaps
+
+
+def iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2) along pixel edges; of an empty box 0."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    shared = max(0.0, width) * max(0.0, height)
+    areas = sum(max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1]) for box in (first, second))
+    return shared / (areas - shared) if shared else 0.0
 
 
 def class_weights(answers: Sequence[str], kind: str) -> dict[str, float]:

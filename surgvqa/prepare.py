@@ -8,6 +8,7 @@ Training, evaluation and `surgvqa show` begin with this, so they all see the sam
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -130,15 +131,21 @@ class Prepared:
             adapter=adapter,
         )
 
+    @functools.cached_property
+    def grounded(self) -> bool:
+        """Whether any answer of the data has boxes, so that boxes are looked for in what the model writes."""
+        return any(example.regions for example in self.dataset.examples)
+
     def prior(self) -> Prior:
         return Prior(self.dataset.part("train"))
 
     def fingerprint(self) -> str:
-        """SHA-256 of what is trained on: ids, questions, answers and the images' own digests, in order."""
+        """SHA-256 of what is trained on: ids, questions, answers, boxes and images' digests, in order."""
         digest = hashlib.sha256()
         for example in self.dataset.part("train"):
             images = [self.digests[image.key] for image in example.images]
-            digest.update(repr((example.id, example.question, example.answers, images)).encode())
+            boxes = [regions for regions in (example.regions, example.asked_regions) if regions]
+            digest.update(repr((example.id, example.question, example.answers, images, *boxes)).encode())
         return digest.hexdigest()
 
     def answer_weights(self) -> dict[str, float]:

@@ -143,7 +143,7 @@ class Split(_Section):
 
 
 class Source(_Section):
-    format: Literal["demo", "jsonl", "csv", "parquet", "kvasir_vqa", "endovis18_vqa"]
+    format: Literal["demo", "jsonl", "csv", "parquet", "kvasir_vqa", "endovis18_vqa", "coco"]
     """How the data is laid out: see docs/datasets.md."""
     path: Place | None = None
     """File, folder or hub id; relative paths start at the working folder. Only `demo` needs none."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, Tally, bootstrap, interval, summed
-from surgvqa.metrics import Prediction, Prior, exact, normalise
+from surgvqa.metrics import Prediction, Prior, exact, matches, normalise
 from surgvqa.recipe import BadInput
 
 SCHEMA = 2
@@ -59,9 +59,8 @@ class Bucket:
     absent: dict[str, str] = field(default_factory=dict)
     """Scores that do not apply, and why."""
 
-    def values(self) -> dict[str, float | None]:
-        found = ((name, value) for s in self.scores for name, value in zip(s.names, s.values(), strict=True))
-        return {name: float(value) if np.isfinite(value) else None for name, value in found}
+    legacy: list[Tally] = field(default_factory=list)
+    """Faulty ones that papers used; never beside the others."""
 
 
 class Scored:
@@ -104,11 +103,13 @@ class Scored:
             ("text scores", self._texts(rows)),
             ("calibration", self._calibration(rows)),
             ("auroc", self._auroc(rows)),
+            ("boxes", self._boxes(rows)),
         ):
             if isinstance(found, str):
                 bucket.absent[family] = found
             else:
                 bucket.scores.append(found)
+        bucket.legacy.extend(self._legacy(rows))
         return bucket
 
     def _exact(self, rows: Rows) -> Tally:
@@ -196,6 +197,34 @@ class Scored:
         placed, whole = placements(share[:, both], truth[:, both])
         return Tally(("auroc",), self._sums(rows, placed), partial(areas, whole=whole))
 
+    def _boxes(self, rows: Rows) -> Tally | str:
+        """Sums of: IoU and 1 of questions that expect boxes, then hits, boxes found, boxes expected."""
+        own = self._of(rows)
+        if not any(row.reference_regions for row in own):
+            return _NO_BOXES
+        statistics = np.zeros((len(own), 5))
+        for place, row in enumerate(own):
+            found, expected = row.regions or [], row.reference_regions or []
+            overlaps = matches(found, expected)
+            hits = sum(overlap >= 0.5 for overlap in overlaps)
+            if expected:
+                statistics[place, :2] = sum(overlaps) / max(len(found), len(expected)), 1
+            statistics[place, 2:] = hits, len(found), len(expected)
+        return Tally(("iou", "ap50"), self._sums(rows, statistics), box_scores)
+
+    def _legacy(self, rows: Rows) -> list[Tally]:
+        """The mean of `legacy_iou`, where every image's size is known."""
+        own = self._of(rows)
+        expected = [bool(row.reference_regions) for row in own]
+        if not any(expected) or any(row.reference_regions and not row.image_sizes for row in own):
+            return []
+        overlaps = [_legacy_first(row) if row.reference_regions else 0.0 for row in own]
+        return [Tally(("iou",), self._sums(rows, np.column_stack([overlaps, expected])), _share)]
+
+    def boxes(self, rows: Rows) -> int:
+        """How many questions expect boxes."""
+        return sum(bool(row.reference_regions) for row in self._of(rows))
+
     def reliability(self, rows: Rows) -> list[dict[str, float | int]] | None:
         """Rows of a reliability diagram, of bins that hold questions. None without probabilities."""
         found = self._calibration(rows) if len(rows) else ""
@@ -211,6 +240,7 @@ class Scored:
         ]  # fmt: skip
 
 
+_NO_BOXES = "no reference has boxes"
 _NO_PROBABILITIES = "not every answer was chosen among labels, so there are no probabilities"
 
 
@@ -325,8 +355,8 @@ def areas(sums: Array, whole: float) -> Array:
     """(..., 4 · labels) sums of `placements` to (..., 1): AUROC of each label against the rest, their mean.
 
     On the questions themselves this is the mean area `whole`. On resamples it is the area to first order,
-    which is what Obuchowski, "Nonparametric Analysis of Clustered ROC Curve Data" (Biometrics 53, 1997), takes the
-    variance of.
+    which is what Obuchowski, "Nonparametric Analysis of Clustered ROC Curve Data" (Biometrics 53, 1997),
+    takes the variance of.
     """
     parts = sums.reshape(*sums.shape[:-1], -1, 4)
     with np.errstate(invalid="ignore"):
@@ -336,22 +366,54 @@ def areas(sums: Array, whole: float) -> Array:
     return np.asarray(np.clip(mean - whole, 0, 1)[..., None], dtype=np.float64)
 
 
+def box_scores(sums: Array) -> Array:
+    """(..., 5) sums of the questions' boxes to (..., 2): mean IoU and AP50.
+
+    Written boxes have no confidence, so precision and recall are known at one point, and the area under the
+    interpolated curve through it is their product.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        overlap = sums[..., 0] / sums[..., 1]
+        precision = np.where(sums[..., 3] > 0, sums[..., 2] / sums[..., 3], 0)
+        return np.stack([overlap, precision * (sums[..., 2] / sums[..., 4])], -1)
+
+
+def legacy_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """What Surgical-VQLA's `mIoU_xyxy` gives for two boxes in shares of the image's sides.
+
+    It is not the IoU: it adds 1, meant for pixels, to widths of at most 1, and boxes that do not overlap get
+    a
+    positive intersection. Only for comparison with papers that used it.
+    """
+    x1, y1 = max(first[0], second[0]), max(first[1], second[1])
+    x2, y2 = min(first[2], second[2]), min(first[3], second[3])
+    shared = (x2 - x1 + 1) * (y2 - y1 + 1)
+    sizes = ((box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (first, second))
+    return shared / max(sum(sizes) - shared, 1)
+
+
+def _legacy_first(row: Prediction) -> float:
+    """Of the first box with the first expected one; 0 where there is none, or it is in another image."""
+    assert row.reference_regions
+    assert row.image_sizes
+    expected = row.reference_regions[0]
+    if not row.regions or row.regions[0]["image"] != expected["image"]:
+        return 0.0
+    width, height = row.image_sizes[expected["image"]]
+    scale = np.array([width, height, width, height])
+    return legacy_iou((row.regions[0]["box"] / scale).tolist(), (expected["box"] / scale).tolist())
+
+
 def score(
     predictions: Sequence[Prediction], prior: Prior, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
     """What scores.json holds, as docs/metrics.md describes it; values are unrounded, shares are of 1."""
     scored = Scored(predictions, prior)
     buckets = [scored.overall, *scored.by_type.values()]
-    flat = [score for bucket in buckets for score in bucket.scores]
-    samples = iter(bootstrap(flat, resamples=resamples, seed=seed) if len(scored.groups) > 1 else [])
-    told = []
-    for bucket in buckets:
-        intervals = {
-            name: interval(column)
-            for own in bucket.scores
-            for name, column in zip(own.names, next(samples, np.zeros((0, len(own.names)))).T, strict=True)
-        }
-        told.append(_described(scored, bucket, intervals))
+    tallies = [tally for bucket in buckets for tally in (*bucket.scores, *bucket.legacy)]
+    drawn = bootstrap(tallies, resamples=resamples, seed=seed) if len(scored.groups) > 1 else []
+    samples = dict(zip(map(id, tallies), drawn, strict=bool(drawn)))
+    told = [_described(scored, bucket, samples) for bucket in buckets]
     result = {
         "schema": SCHEMA,
         "groups": len(scored.groups),
@@ -365,17 +427,29 @@ def score(
     return result
 
 
-def _described(
-    scored: Scored, bucket: Bucket, intervals: Mapping[str, tuple[float, float] | None]
-) -> dict[str, Any]:
+def _described(scored: Scored, bucket: Bucket, samples: Mapping[int, Array]) -> dict[str, Any]:
     n, groups = len(bucket.rows), len(np.unique(scored.group[bucket.rows]))
     described: dict[str, Any] = {"n": n, "few": n < FEW, "groups": groups, "few_groups": groups < FEW_GROUPS}
-    described |= {"exact": None, "prior": None, **bucket.values()}
-    described["intervals"] = {name: list(found) for name, found in intervals.items() if found}
+    described |= {"exact": None, "prior": None, **_valued(bucket.scores, samples), "absent": bucket.absent}
+    if boxes := scored.boxes(bucket.rows):
+        described["boxes"] = boxes
     if reliability := scored.reliability(bucket.rows):
         described["reliability"] = reliability
-    described["absent"] = bucket.absent
+    if bucket.legacy:
+        described["legacy"] = _valued(bucket.legacy, samples)
     return described
+
+
+def _valued(tallies: Sequence[Tally], samples: Mapping[int, Array]) -> dict[str, Any]:
+    """Score → value, and `intervals`: score → lower and upper end."""
+    found: dict[str, float | None] = {}
+    intervals = {}
+    for tally in tallies:
+        found |= tally.told()
+        for name, column in zip(tally.names, samples[id(tally)].T if samples else (), strict=bool(samples)):
+            if ends := interval(column):
+                intervals[name] = list(ends)
+    return {**found, "intervals": intervals}
 
 
 def _by_group(scored: Scored) -> dict[str, dict[str, Any]]:
@@ -443,8 +517,25 @@ def read(path: Path) -> list[Prediction]:
             problems.append(f"{path}:{number}: references: there is none")
         elif any(not 0 <= share <= 1 for share in (row.probabilities or {}).values()):
             problems.append(f"{path}:{number}: probabilities: not all are between 0 and 1")
+        elif not all(
+            _is_region(region, row) for region in (*(row.regions or ()), *(row.reference_regions or ()))
+        ):
+            problems.append(f"{path}:{number}: regions: not all have a box of four numbers and an image")
+        elif row.image_sizes and not all(len(size) == 2 and min(size) > 0 for size in row.image_sizes):
+            problems.append(f"{path}:{number}: image_sizes: not all are width and height")
         first.setdefault(row.id, number)
         predictions.append(row)
     if problems:
         raise BadInput(problems)
     return predictions
+
+
+def _is_region(region: Mapping[str, Any], row: Prediction) -> bool:
+    box, image = region.get("box"), region.get("image")
+    return (
+        isinstance(image, int)
+        and 0 <= image < len(row.image_sizes or range(image + 1))
+        and isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(edge, (int, float)) and abs(edge) < 1e9 for edge in box)
+    )

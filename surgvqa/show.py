@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from PIL import Image, ImageDraw
 from rich.text import Text
 
-from surgvqa import letterbox
+from surgvqa import grounding, letterbox
+from surgvqa.datasets import Example
 from surgvqa.plan import trees_of
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Part, Recipe
 from surgvqa.terminal import Console
 from surgvqa.tree import Questions, pack
+
+BOX_COLOURS = {"asked": "yellow", "answered": "lime"}
 
 STYLES = {"root": "cyan", "prompt": "yellow", "supervised": "bold green", "rest": "dim"}
 
@@ -59,10 +63,13 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
     for number, image in enumerate(example.images):
         canvas = prepared.canvases[image.key]
         file = out / f"canvas-{number}.png"
-        letterbox.draw(letterbox.open_rgb(image.read()), canvas, recipe.image.fill).save(file)
+        drawn = letterbox.draw(letterbox.open_rgb(image.read()), canvas, recipe.image.fill)
+        boxes = _outline(drawn, canvas, [questions.examples[one] for one in chosen], number)
+        drawn.save(file)
         facts.append(
             f"{image.key}: {canvas.source_width}×{canvas.source_height} → {canvas.width}×{canvas.height}, "
             f"{canvas.width // factor}×{canvas.height // factor} = {canvas.tokens(factor)} tokens; {file}"
+            + (f"; drawn on it: {boxes}" if boxes else "")
         )
     segments = _segments(questions, chosen)
     page = out / "tree.html"
@@ -75,14 +82,33 @@ def show(recipe: Recipe, part: Part, index: int, out: Path, console: Console) ->
         console.print(segment.title, style="bold", markup=False, highlight=False)
         text = Text()
         for shown, run in _runs(segment.tokens):
-            repeats = f"×{len(run)}" if len(run) > 1 else ""
-            text.append(shown.replace("\n", "↵\n") + repeats, STYLES[run[0].role])
+            repeated = f"{shown}×{len(run)}" if len(run) > 3 else shown * len(run)
+            text.append(repeated.replace("\n", "↵\n"), STYLES[run[0].role])
         console.print(text, soft_wrap=True)
     legend = Text("roles: ")
     for role, style in STYLES.items():
         legend.append(f" {role} ", style)
     console.print(legend)
     console.print(f"every token with its position and label: {page}", markup=False, soft_wrap=True)
+
+
+def _outline(drawn: Image.Image, canvas: letterbox.Canvas, examples: Sequence[Example], number: int) -> str:
+    """Draw the boxes in image `number` as the model is told them; returns how many have which colour."""
+    pen = ImageDraw.Draw(drawn)
+    counts = {}
+    for kind, colour in BOX_COLOURS.items():
+        regions = [
+            grounding.on_canvas(region, canvas)
+            for example in examples
+            for region in (example.asked_regions if kind == "asked" else example.regions)
+            if region.image == number
+        ]
+        for region in regions:
+            x1, y1, x2, y2 = map(round, grounding.in_pixels(region.box, canvas))
+            pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
+            pen.text((x1 + 4, y1 + 2), region.label, fill=colour, stroke_width=1, stroke_fill="black")
+        counts[f"{len(regions)} {kind} ({colour})"] = len(regions)
+    return ", ".join(what for what, count in counts.items() if count)
 
 
 def _segments(questions: Questions, chosen: Sequence[int]) -> list[Segment]:

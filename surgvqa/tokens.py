@@ -10,6 +10,9 @@ Special tokens cut the text before byte-pair merges are made, so the tokens of r
 the whole conversation; this is checked on every example. Positions are those of M-RoPE (Qwen2-VL, Wang et
 al. 2024, section 2.1): text counts up in all three axes, an image of h × w tokens starting at p takes
 (p, p + row, p + column), and what follows continues at p + max(h, w).
+
+Boxes are text, written as surgvqa.grounding does for the family; its special tokens may stand in a branch,
+but in no text of the data.
 """
 
 from __future__ import annotations
@@ -23,14 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from surgvqa import grounding
 from surgvqa.datasets import Example
 from surgvqa.hub import Folder
+from surgvqa.letterbox import Canvas
 from surgvqa.recipe import BadInput
 
 Ints = NDArray[np.int32]
 
 _PAIRS = 4096
 """Questions with their answers that are tokenized together: bounds the memory that takes."""
+
+_NONE: Mapping[str, Canvas] = {}
 
 _QUESTION, _ANSWER = "\ufdd0question\ufdd1", "\ufdd0answer\ufdd1"  # noncharacters: in no real text
 
@@ -107,6 +114,11 @@ class ChatTokens:
             raise BadInput(wrong)
         self.end_of_turn: int = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.stop_ids = (self.end_of_turn, self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+        self._unspoken = frozenset(
+            token
+            for token, added in self.tokenizer.added_tokens_decoder.items()
+            if added.special and added.content not in grounding.TOKENS
+        )
         root, cut, branch = whole.rpartition("<|vision_end|>")
         self._root_text = root + cut
         self._before, found, rest = branch.partition(_QUESTION)
@@ -157,29 +169,42 @@ class ChatTokens:
             self._roots[images] = self._encode([text + cut])[0]
         return self._roots[images]
 
-    def question_text(self, example: Example) -> str:
-        """The question as the model reads it: with its type's instruction on a line of its own."""
+    def question_text(self, example: Example, canvases: Mapping[str, Canvas] = _NONE) -> str:
+        """The question as the model reads it: with its boxes, and its type's instruction on its own line."""
+        question = example.question
+        if example.asked_regions:
+            boxes = grounding.on_canvases(example, example.asked_regions, canvases)
+            question = grounding.write_question(self.folder.family, question, boxes, len(example.images))
         instruction = self.instructions.get(example.question_type)
-        return f"{example.question}\n{instruction}" if instruction else example.question
+        return f"{question}\n{instruction}" if instruction else question
 
-    def branches(self, examples: Sequence[Example]) -> list[Branch]:
-        """One branch for each example, answering `answers[0]`.
+    def answer_text(self, example: Example, canvases: Mapping[str, Canvas] = _NONE) -> str:
+        """`answers[0]` as the model is to write it, with its boxes."""
+        answer = example.answers[0].strip()
+        if not example.regions:
+            return answer
+        boxes = grounding.on_canvases(example, example.regions, canvases)
+        return grounding.write_answer(self.folder.family, answer, boxes, len(example.images))
+
+    def branches(self, examples: Sequence[Example], canvases: Mapping[str, Canvas] = _NONE) -> list[Branch]:
+        """One branch for each example, answering `answers[0]`; boxes are those on `canvases` (image key).
 
         Raises BadInput listing every example that holds a special token, or naming the first that cannot
         be cut from its conversation.
         """
-        questions = [self.question_text(example) for example in examples]
-        answers = [example.answers[0].strip() for example in examples]
         problems = [
             f"{example.place or example.id}: holds the special token {token}, "
             "which would break the conversation"
-            for example, question, answer in zip(examples, questions, answers, strict=True)
-            if "<" in question or "<" in answer
+            for example in examples
+            for texts in ([*example.texts, self.instructions.get(example.question_type, "")],)
+            if any("<" in text for text in texts)
             for token in sorted(self.folder.special_tokens)
-            if token in question or token in answer
+            if any(token in text for text in texts)
         ]
         if problems:
             raise BadInput(problems)
+        questions = [self.question_text(example, canvases) for example in examples]
+        answers = [self.answer_text(example, canvases) for example in examples]
         first: dict[tuple[str, str], Example] = {}
         for pair, example in zip(zip(questions, answers, strict=True), examples, strict=True):
             first.setdefault(pair, example)
@@ -212,18 +237,27 @@ class ChatTokens:
                 made[pair] = Branch(ids, len(prompt), answer_end - len(prompt))
         return [made[pair] for pair in zip(questions, answers, strict=True)]
 
-    def candidates(self, examples: Sequence[Example], labels: Sequence[Sequence[str]]) -> list[Branch]:
+    def candidates(
+        self,
+        examples: Sequence[Example],
+        labels: Sequence[Sequence[str]],
+        canvases: Mapping[str, Canvas] = _NONE,
+    ) -> list[Branch]:
         """Each example asked, with one child for each of its labels: the label and its end of turn.
 
-        Root, branch and child are the tokens of the conversation in which the label is the answer, up to
-        that end. Raises BadInput as `branches` does.
+        Root, branch and child are the tokens of the conversation in which the label alone is the answer, up
+        to that end. Raises BadInput as `branches` does.
         """
         keys = [
-            (self.question_text(example), tuple(own)) for example, own in zip(examples, labels, strict=True)
+            (self.question_text(example, canvases), tuple(own))
+            for example, own in zip(examples, labels, strict=True)
         ]
         first = dict(zip(reversed(keys), reversed(examples), strict=True))
         answered = iter(
-            self.branches([replace(first[key], answers=(label,)) for key in first for label in key[1]])
+            self.branches(
+                [replace(first[key], answers=(label,), regions=()) for key in first for label in key[1]],
+                canvases,
+            )
         )
         made = {}
         for key in first:
@@ -232,11 +266,10 @@ class ChatTokens:
             made[key] = replace(whole[0].asked, children=tuple(children))
         return [made[key] for key in keys]
 
-    def conversation(self, example: Example) -> list[dict[str, Any]]:
+    def conversation(self, example: Example, canvases: Mapping[str, Canvas] = _NONE) -> list[dict[str, Any]]:
         """The whole conversation as messages for the model's chat template."""
-        return self._conversation(
-            self.question_text(example), example.answers[0].strip(), images=len(example.images)
-        )
+        question, answer = self.question_text(example, canvases), self.answer_text(example, canvases)
+        return self._conversation(question, answer, images=len(example.images))
 
     def _conversation(
         self, question: str, answer: str | None = None, images: int = 1
@@ -253,9 +286,11 @@ class ChatTokens:
         processed = self.image_processor(images=[canvas], do_resize=False, return_tensors="np")
         return np.asarray(processed["pixel_values"], np.float32)
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Generated ids as an answer."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    def text(self, ids: Sequence[int], *, boxes: bool = False) -> str:
+        """Generated ids as an answer, without special tokens but, with `boxes`, those around boxes."""
+        if boxes:
+            ids = [token for token in ids if token not in self._unspoken]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=not boxes)).strip()
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token as text, for showing."""

@@ -244,8 +244,8 @@ class Questions:
         self.room = KEPT_BYTES
         """Bytes left for canvases to keep."""
         self.labels = labels
-        self.branches = chat.branches(examples)
-        self.candidates = None if labels is None else chat.candidates(examples, labels)
+        self.branches = chat.branches(examples, canvases)
+        self.candidates = None if labels is None else chat.candidates(examples, labels, canvases)
         """Each question with its labels as children."""
         answer_tokens = np.array([branch.answer for branch in self.branches], np.float64)
         question_weights = np.ones(len(examples)) if weights is None else weights

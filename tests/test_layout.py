@@ -15,16 +15,15 @@ from surgvqa import recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
-    "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "metrics", "intervals", "nlg",
-    "scores", "compare", "audit", "hub", "tokens",
-    "tree", "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint", "decode",
-    "prepare", "evaluate", "banner", "lock", "run", "peers", "replay", "train", "show", "launch", "slurm",
-    "cli",
+    "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "grounding", "metrics", "intervals",
+    "nlg", "scores", "compare", "audit", "hub", "tokens", "tree", "plan", "attention", "model", "flops",
+    "loss", "processes", "memory", "checkpoint", "decode", "prepare", "evaluate", "banner", "lock", "run",
+    "peers", "replay", "train", "show", "launch", "slurm", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
-    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "audit", "hub", "metrics", "scores",
-    "compare", "launch", "slurm", "cli",
+    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "grounding", "audit", "hub", "metrics",
+    "scores", "compare", "launch", "slurm", "cli",
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ MODULES = {
     "parquet": "tables",
     "kvasir_vqa": "kvasir_vqa",
     "endovis18_vqa": "endovis18_vqa",
+    "coco": "coco",
 }
 
 
@@ -106,6 +107,12 @@ class Example:
     def image_key(self) -> str:
         """Examples with the same key share their images, and so a tree."""
         return "\n".join(image.key for image in self.images)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that the data says in words."""
+        labels = (region.label for region in (*self.asked_regions, *self.regions))
+        return (self.question, *self.answers, *labels)
 
 
 @dataclass(frozen=True, slots=True)

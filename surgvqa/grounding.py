@@ -1,0 +1,370 @@
+"""Boxes as the text that each family was trained to write, and back.
+
+    Region in the source ── on_canvas ──▶ thousandths of the canvas ── write_answer ──▶ text for the model
+    Region in the source ◀── in_source ── thousandths of the canvas ◀── parse_answer ── what a model wrote
+
+Both families count from 0 to 1000 along each side of the image that they see, which here is the canvas with
+its padding:
+
+- Qwen2-VL: `<|object_ref_start|>polyp<|object_ref_end|><|box_start|>(176,106),(232,160)<|box_end|>` (Wang et
+  al., arXiv 2409.12191, section 2.2.1, "Visual Grounding").
+- Qwen3-VL: `[{"bbox_2d": [176, 106, 232, 160], "label": "polyp"}]` (QwenLM/Qwen3-VL, cookbooks/2d_grounding;
+  that such an object may stand in a question: its issue 1927).
+
+Coordinates are `round(x / width × 1000)`, kept within 0 and 1000, as in that repository's
+qwen-vl-finetune/tools/process_bbox.ipynb. So an edge is moved by at most half a thousandth of the canvas.
+That is shown / 2000 source pixels, where `shown = canvas.width / canvas.scale_x` is how many of them the
+canvas would hold from edge to edge: within one pixel up to 2,000 of them, and 1.92 pixels for 3,840.
+Whatever is written in thousandths can be no finer. A box narrower than a thousandth is made one wide, which
+moves an edge by less than that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from surgvqa.datasets import Box, Example, Region
+from surgvqa.letterbox import Canvas, Size
+
+TOKENS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
+"""The special tokens that are put around boxes; data may not hold them."""
+
+PLACEHOLDER = "<box>"
+"""Where in a question its boxes go, in order; without any they follow it."""
+
+SCALE = 1000
+"""The last coordinate on either side."""
+
+_READ = 100_000
+"""Characters in which boxes are looked for; what follows them stays text."""
+
+
+def on_canvas(region: Region, canvas: Canvas) -> Region:
+    """A region of the source in whole thousandths of its canvas; what is outside the image is cut off."""
+    x1, y1, x2, y2 = canvas.to_canvas(source_pixels(region, canvas.source_size).box)
+    left, right = _thousandths(x1, x2, canvas.width)
+    top, bottom = _thousandths(y1, y2, canvas.height)
+    return replace(region, box=(left, top, right, bottom), relative=False)
+
+
+def on_canvases(example: Example, regions: Sequence[Region], canvases: Mapping[str, Canvas]) -> list[Region]:
+    """`on_canvas` for regions of an example, each on the canvas of its image."""
+    return [on_canvas(region, canvases[example.images[region.image].key]) for region in regions]
+
+
+def in_source(region: Region, canvas: Canvas) -> Region:
+    """A region in thousandths of the canvas, in source pixels; what is outside the image is cut off."""
+    box = canvas.to_source(in_pixels(region.box, canvas))
+    return replace(region, box=_cut(box, canvas.source_size))
+
+
+def source_pixels(region: Region, size: Size) -> Region:
+    """A region of a source image of `size` in its pixels; what is outside the image is cut off."""
+    return replace(region, box=_cut(_pixels(region, size), size), relative=False)
+
+
+def in_pixels(box: Box, canvas: Canvas) -> Box:
+    """A box in thousandths of the canvas, in its pixels."""
+    x1, y1, x2, y2 = box
+    width, height = canvas.width / SCALE, canvas.height / SCALE
+    return x1 * width, y1 * height, x2 * width, y2 * height
+
+
+def _pixels(region: Region, size: Size) -> Box:
+    x1, y1, x2, y2 = region.box
+    width, height = size if region.relative else (1, 1)
+    return x1 * width, y1 * height, x2 * width, y2 * height
+
+
+def _cut(box: Box, size: Size) -> Box:
+    (x1, y1, x2, y2), (width, height) = box, size
+    return max(0, min(x1, width)), max(0, min(y1, height)), max(0, min(x2, width)), max(0, min(y2, height))
+
+
+def _thousandths(low: float, high: float, side: int) -> tuple[int, int]:
+    first, last = (max(0, min(round(edge / side * SCALE), SCALE)) for edge in (low, high))
+    if first == last:  # to the side on which more of the box is
+        return (first, last + 1) if (low + high) / 2 > first * side / SCALE else (first - 1, last)
+    return first, last
+
+
+def misplaced(example: Example, sizes: Mapping[str, Size]) -> list[str]:
+    """What is wrong with an example's boxes, given the (width, height) of images by their key.
+
+    A box may reach out of its image by a pixel. Boxes in images whose size is not known are not looked at.
+    """
+    wrong = []
+    for region in (*example.asked_regions, *example.regions):
+        if not 0 <= region.image < len(example.images):
+            wrong.append(
+                f"box {_shown(region.box)} is in image {region.image + 1}, but the question is about "
+                f"{len(example.images)}"
+            )
+        elif size := sizes.get(example.images[region.image].key):
+            x1, y1, x2, y2 = box = _pixels(region, size)
+            cut = _cut(box, size)
+            if not (x1 < x2 and y1 < y2):
+                wrong.append(
+                    f"box {_shown(region.box)} is empty; it must be x1, y1, x2, y2 with x1 < x2, y1 < y2"
+                )
+            elif min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:
+                sides = "of 0 to 1" if region.relative else "of pixels"
+                wrong.append(
+                    f"box {_shown(region.box)} {sides} reaches out of its image of {size[0]}×{size[1]} pixels"
+                )
+            elif not (cut[0] < cut[2] and cut[1] < cut[3]):
+                wrong.append(f"box {_shown(region.box)} is outside of its image")
+    if any(region.label for region in example.regions) and not example.answers[0].strip():
+        wrong.append("the answer is empty, but its boxes have labels; make them the answer")
+    places, boxes = example.question.count(PLACEHOLDER), len(example.asked_regions)
+    if boxes and places not in (0, boxes):
+        wrong.append(f"the question has {places} {PLACEHOLDER} for {boxes} boxes")
+    return wrong
+
+
+def _shown(box: Box) -> str:
+    return "[" + ", ".join(f"{edge:g}" for edge in box) + "]"
+
+
+def write_answer(family: str, text: str, regions: Sequence[Region], images: int = 1) -> str:
+    """An answer with its boxes, in thousandths of the canvas, as the model is to write it.
+
+    Boxes without any label get the text as theirs: `left-top` in [0, 0, 9, 9] is one labelled box. Where the
+    boxes' labels, each once and joined with `; `, are the text, there is nothing else; else the text comes
+    first, on lines of its own. With several images each box says which one it is in, counting from 1.
+    """
+    if not regions:
+        return text
+    if text and not any(region.label for region in regions):
+        regions = [replace(region, label=text) for region in regions]
+    written = _written(family, regions, images)
+    if family == "qwen3_vl":
+        written = f"[{written}]"
+    return written if text in ("", _labels(regions)) else f"{text}\n{written}"
+
+
+def write_question(family: str, text: str, regions: Sequence[Region], images: int = 1) -> str:
+    """A question with its boxes, in thousandths of the canvas: in place of each `<box>`, else at its end."""
+    if not regions:
+        return text
+    first, *rest = text.split(PLACEHOLDER)
+    if len(rest) != len(regions):
+        return f"{text} {_written(family, regions, images)}"
+    boxes = (_written(family, [region], images) for region in regions)
+    return first + "".join(box + following for box, following in zip(boxes, rest, strict=True))
+
+
+def _written(family: str, regions: Sequence[Region], images: int) -> str:
+    return {"qwen2_vl": _tagged, "qwen3_vl": _json}[family](regions, images)
+
+
+def _tagged(regions: Sequence[Region], images: int) -> str:
+    ref, ref_end, box, box_end = TOKENS
+    labelled = any(region.label for region in regions)  # then an empty one ends what the last is called
+    written = ""
+    for region in regions:
+        x1, y1, x2, y2 = map(int, region.box)
+        picture = f"Picture {region.image + 1}: " if images > 1 else ""
+        label = f"{ref}{region.label}{ref_end}" if labelled else ""
+        written += f"{picture}{label}{box}({x1},{y1}),({x2},{y2}){box_end}"
+    return written
+
+
+def _json(regions: Sequence[Region], images: int) -> str:
+    return ", ".join(
+        json.dumps(
+            {
+                **({"image": region.image + 1} if images > 1 else {}),
+                "bbox_2d": [int(edge) for edge in region.box],
+                **({"label": region.label} if region.label else {}),
+            },
+            ensure_ascii=False,
+        )
+        for region in regions
+    )
+
+
+def _labels(regions: Sequence[Region]) -> str:
+    return "; ".join(dict.fromkeys(region.label for region in regions if region.label))
+
+
+# Reading. Every pattern below either is anchored, or takes what it has looked at, or is bounded: the time is
+# that of a few passes over the text, whatever is in it.
+
+
+def as_rows(regions: Sequence[Region]) -> list[dict[str, Any]]:
+    """Regions as predictions.jsonl has them: image counts from 0, boxes have two decimals."""
+    return [
+        {"label": region.label, "box": [round(edge, 2) for edge in region.box], "image": region.image}
+        for region in regions
+    ]
+
+
+_NUMBER = r"[-+]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
+_GAP = r"[\s,;()\[\]]{1,8}"
+_FOUR = rf"{_NUMBER}(?:{_GAP}{_NUMBER}){{3}}"
+_TAG = re.compile(r"(<\|(?:object_ref|box)_(?:start|end)\|>|</?(?:ref|box|bbox)>)")
+_PLAIN_TAG = {
+    "<|object_ref_start|>": "<ref>", "<|object_ref_end|>": "</ref>", "<|box_start|>": "<box>",
+    "<|box_end|>": "</box>", "<bbox>": "<box>", "</bbox>": "</box>",
+}  # fmt: skip
+_BOXES = re.compile(rf"[\s\[({{]{{0,8}}({_NUMBER}(?:{_GAP}{_NUMBER}){{3,}})[\s\])}}]{{0,8}}")
+_BARE = re.compile(rf"\[\s{{0,4}}{_FOUR}\s{{0,4}}\]|\(\s{{0,4}}{_FOUR}\s{{0,4}}\)")
+_PICTURE = re.compile(r"Picture (\d{1,3}):\Z")
+_OBJECT = re.compile(r"""\{(?:[^{}"]+|"(?:[^"\\]+|\\.?)*(?:"|\Z))*\}?""", re.DOTALL)
+_KEY = re.compile(r"""["']?\b(?:bbox_2d|box_2d|bbox|box|bounding_box)\b["']?\s{0,4}[:=]\s{0,4}""")
+_LABEL = re.compile(
+    r"""[\s,]{0,8}["']?\b(?:label|name|category|class)\b["']?\s{0,4}[:=]\s{0,4}(?:"((?:[^"\\]+|\\.?)*)"?|'([^']*)'?)""",
+    re.DOTALL,
+)
+_IMAGE = re.compile(r"""["']image["']\s{0,4}:\s{0,4}(\d{1,3})""")
+
+
+def parse_answer(text: str, images: int = 1) -> tuple[str, list[Region]]:
+    """The text of an answer without its boxes, and the boxes in thousandths of the canvas.
+
+    The inverse of `write_answer` for both families; beyond that it takes what models write instead: either
+    family's form, `<ref>` and `<box>`, code fences, other keys for the box, missing or unbalanced brackets,
+    an end that is cut off, floats, shares of 1, swapped corners. Plain `[x1, y1, x2, y2]` and
+    `(x1,y1),(x2,y2)` count where there is nothing better. Where only boxes are written their labels are
+    the text. Never raises; numbers that make no box stay text.
+    """
+    reader = _Reader(images)
+    head, tail = text[:_READ], text[_READ:]
+    reader.tagged(head)
+    if not reader.regions:
+        reader = _Reader(images)
+        reader.bare(head)
+    if not reader.regions:
+        for token in TOKENS:
+            text = text.replace(token, "")
+        return text.strip(), []
+    rest = " ".join(piece for piece in map(_prose, [*reader.prose, tail]) if piece)
+    return rest or _labels(reader.regions), reader.regions
+
+
+class _Reader:
+    """What has been read so far: boxes, and the text between them."""
+
+    def __init__(self, images: int) -> None:
+        self._images = images
+        self._image = 0
+        self.regions: list[Region] = []
+        self.prose: list[str] = []
+
+    def tagged(self, text: str) -> None:
+        """Text with `<ref>` and `<box>` tags, JSON between them."""
+        label, inside = "", ""
+        for piece in _TAG.split(text):
+            tag = _PLAIN_TAG.get(piece, piece)
+            if tag in ("<ref>", "</ref>", "<box>", "</box>"):
+                inside = "" if tag.startswith("</") else tag
+            elif inside == "<ref>":
+                self._unused(label)
+                label = piece.strip()
+            elif piece.strip():
+                start = 0
+                if (inside == "<box>" or label) and (found := _BOXES.match(piece)):
+                    self._add(found[1], label)
+                    start = found.end()
+                elif inside == "<box>" and self.regions:  # one more, cut off
+                    start = len(piece)
+                elif label:
+                    self._unused(label)
+                    label = ""
+                if rest := piece[start:]:
+                    label = label if not rest.strip(_PUNCTUATION) else ""
+                    self._json(rest)
+        if not (self.regions and inside == "<ref>"):  # else the name of one more was cut off
+            self._unused(label)
+
+    def _unused(self, label: str) -> None:
+        """A label that no box came for is text."""
+        if label and (not self.regions or self.regions[-1].label != label):
+            self.prose.append(label)
+
+    def _json(self, text: str) -> None:
+        """Objects with a box; the text between them, without the brackets of their list, is prose.
+
+        Where braces are missing, a key with a box is enough; its label may follow.
+        """
+        spans = [found.span() for found in _OBJECT.finditer(text)]
+        at = 0
+        for start, end in spans:
+            if self._object(text, start, end, text[at:start].rstrip().removesuffix("[" if at == 0 else "")):
+                at = end
+        if not at:
+            for key in _KEY.finditer(text):
+                if key.start() >= at and (found := _BOXES.match(text, key.end())):
+                    label = _LABEL.match(text, found.end())
+                    self._before(text[at : key.start()])
+                    self._add(found[1], _unescaped(label))
+                    at = (label or found).end()
+        rest = text[at:]
+        if at:
+            rest = rest.lstrip().removeprefix("]")
+            if rest.lstrip(" \n,").startswith("{") and "}" not in rest:  # one more, cut off
+                rest = ""
+        self._before(rest)
+
+    def _object(self, text: str, start: int, end: int, before: str) -> bool:
+        """Whether there is a box between `start` and `end`, where braces are; `before` is prose."""
+        for key in _KEY.finditer(text, start, end):
+            if found := _BOXES.match(text, key.end(), end):
+                around = text[start : key.start()] + "," + text[found.end() : end]
+                self._before(before)
+                if image := _IMAGE.search(around):
+                    self._image = int(image[1]) - 1
+                self._add(found[1], _unescaped(_LABEL.search(around)))
+                return True
+        return False
+
+    def bare(self, text: str) -> None:
+        """Text with boxes in nothing but brackets."""
+        at = 0
+        for found in _BARE.finditer(text):
+            self._before(text[at : found.start()])
+            self._add(found[0], "")
+            at = found.end()
+        self._before(text[at:])
+
+    def _before(self, text: str) -> None:
+        """Prose in front of a box or at the end, which may say which picture the next box is in."""
+        text = text.rstrip()
+        if self._images > 1 and (picture := _PICTURE.search(text, max(0, len(text) - 12))):
+            self._image = int(picture[1]) - 1
+            text = text[: picture.start()]
+        self.prose.append(text)
+
+    def _add(self, numbers: str, label: str) -> None:
+        edges = [float(number) for number in re.findall(_NUMBER, numbers)]
+        image = self._image if 0 <= self._image < self._images else 0
+        for start in range(0, len(edges) - 3, 4):
+            four = edges[start : start + 4]
+            if max(four) <= 1 and any(edge % 1 for edge in four):
+                four = [edge * SCALE for edge in four]
+            x1, y1, x2, y2 = (max(0.0, min(edge, float(SCALE))) for edge in four)
+            self.regions.append(Region((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), label, image))
+
+
+_PUNCTUATION = " \t\r\n[]{}(),;:\"'`"
+
+
+def _prose(piece: str) -> str:
+    """A piece of text between boxes, or nothing where it is what is left of their brackets and fences."""
+    piece = piece.replace("```json", " ").replace("```", " ").strip()
+    return piece if piece.strip(_PUNCTUATION) else ""
+
+
+def _unescaped(found: re.Match[str] | None) -> str:
+    """The label that `_LABEL` found."""
+    if found is None or found[1] is None:
+        return "" if found is None else found[2].strip()
+    try:
+        return str(json.loads(f'"{found[1]}"', strict=False)).strip()
+    except ValueError:  # an escape that is none, or one cut off
+        return found[1].strip()

@@ -381,9 +381,8 @@ def box_scores(sums: Array) -> Array:
 def legacy_iou(first: Sequence[float], second: Sequence[float]) -> float:
     """What Surgical-VQLA's `mIoU_xyxy` gives for two boxes in shares of the image's sides.
 
-    It is not the IoU: it adds 1, meant for pixels, to widths of at most 1, and boxes that do not overlap get
-    a
-    positive intersection. Only for comparison with papers that used it.
+    It is not the IoU: it adds 1, meant for pixels, to widths of at most 1, and gives boxes that do not
+    overlap a positive intersection. Only for comparison with papers that used it.
     """
     x1, y1 = max(first[0], second[0]), max(first[1], second[1])
     x2, y2 = min(first[2], second[2]), min(first[3], second[3])
@@ -511,18 +510,10 @@ def read(path: Path) -> list[Prediction]:
             key = ".".join(map(str, found["loc"]))
             problems.append(f"{path}:{number}: {key}{': ' * bool(key)}{found['msg']}")
             continue
-        if row.id in first:
+        if wrong := _wrong(row):
+            problems.append(f"{path}:{number}: {wrong}")
+        elif row.id in first:
             problems.append(f"{path}:{number}: id {row.id!r} is already at line {first[row.id]}")
-        elif not row.references:
-            problems.append(f"{path}:{number}: references: there is none")
-        elif any(not 0 <= share <= 1 for share in (row.probabilities or {}).values()):
-            problems.append(f"{path}:{number}: probabilities: not all are between 0 and 1")
-        elif not all(
-            _is_region(region, row) for region in (*(row.regions or ()), *(row.reference_regions or ()))
-        ):
-            problems.append(f"{path}:{number}: regions: not all have a box of four numbers and an image")
-        elif row.image_sizes and not all(len(size) == 2 and min(size) > 0 for size in row.image_sizes):
-            problems.append(f"{path}:{number}: image_sizes: not all are width and height")
         first.setdefault(row.id, number)
         predictions.append(row)
     if problems:
@@ -530,11 +521,25 @@ def read(path: Path) -> list[Prediction]:
     return predictions
 
 
-def _is_region(region: Mapping[str, Any], row: Prediction) -> bool:
+def _wrong(row: Prediction) -> str | None:
+    """What the types do not show."""
+    if not row.references:
+        return "references: there is none"
+    if any(not 0 <= share <= 1 for share in (row.probabilities or {}).values()):
+        return "probabilities: not all are between 0 and 1"
+    if row.image_sizes and not all(len(size) == 2 and min(size) > 0 for size in row.image_sizes):
+        return "image_sizes: not all are width and height"
+    images = len(row.image_sizes) if row.image_sizes else 2**31
+    if not all(_is_region(region, images) for region in (row.regions or []) + (row.reference_regions or [])):
+        return "regions: not all have a box of four numbers and an image"
+    return None
+
+
+def _is_region(region: Mapping[str, Any], images: int) -> bool:
     box, image = region.get("box"), region.get("image")
     return (
         isinstance(image, int)
-        and 0 <= image < len(row.image_sizes or range(image + 1))
+        and 0 <= image < images
         and isinstance(box, list)
         and len(box) == 4
         and all(isinstance(edge, (int, float)) and abs(edge) < 1e9 for edge in box)

@@ -8,7 +8,8 @@ Differences are B - A, so B is the run of which one hopes that it is better.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,8 @@ def _load(path: Path, split: str | None) -> tuple[Run, list[Prediction]]:
 
 def _scores(file: Path) -> dict[str, str]:
     """Which part and checkpoint the predictions beside it are of; nothing where that cannot be read."""
+    if not file.is_file():  # nor a pipe, which would be waited for
+        return {}
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -304,6 +307,10 @@ def rows_of_table(found: Mapping[str, Difference]) -> list[tuple[str, ...]]:
     ]
 
 
+def _marks(compared: Compared) -> str:
+    return "*" * compared.few + "†" * compared.few_groups
+
+
 def _signed(share: float) -> str:
     return f"{100 * share:+.1f}"
 
@@ -335,7 +342,7 @@ def show(found: Comparison, out: Path) -> None:
         whole.add_row(*row)
     marked = set()
     for kind, compared in found.by_type.items():
-        marks = "*" * compared.few + "†" * compared.few_groups
+        marks = _marks(compared)
         marked |= set(marks)
         for row in rows_of_table({kind: compared.scores["exact"]}):
             kinds.add_row(*row, f"{compared.n}{marks}", _p(compared.mcnemar.p_holm))
@@ -362,10 +369,8 @@ def drawing(found: Comparison) -> str:
 
     whole = {"all": found.overall, **found.by_type}
     shown = {name: compared.scores["exact"] for name, compared in whole.items()}
-    edges: Iterable[float] = (
-        edge for row in shown.values() for edge in (row.difference, *(row.interval or ()))
-    )
-    reach: float = max(0.01, *map(abs, edges))
+    edges = [edge for row in shown.values() for edge in (row.difference, *(row.interval or ()))]
+    reach: float = max(1, math.ceil(20 * max(map(abs, edges)))) / 20  # a whole number of times 5 points
 
     def x(share: float) -> int:
         return _MIDDLE + round(share / reach * _REACH)
@@ -373,14 +378,17 @@ def drawing(found: Comparison) -> str:
     rows = [
         {
             "name": printable(name)[:40],
-            "what": f"{_signed(row.difference)}, n = {whole[name].n}",
+            "what": f"{_signed(row.difference)}, n = {whole[name].n}{_marks(whole[name])}",
             "y": 70 + 26 * number,
             "x": x(row.difference),
             "span": [x(edge) for edge in row.interval] if row.interval else None,
         }
         for number, (name, row) in enumerate(shown.items())
     ]
-    ticks = [(x(share), f"{100 * share:+.3g}") for share in (-reach, -reach / 2, 0, reach / 2, reach)]
+    ticks = [
+        (x(share), f"{100 * share:+.3g}" if share else "0")
+        for share in (-reach, -reach / 2, 0, reach / 2, reach)
+    ]
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_SVG)
     title = f"Exact match: {printable(found.b.path)} - {printable(found.a.path)}, percentage points"
     return str(template.render(rows=rows, ticks=ticks, title=title, bottom=70 + 26 * len(rows), zero=_MIDDLE))

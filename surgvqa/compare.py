@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def compare(
         resamples=resamples,
         seed=seed,
         overall=overall,
-        by_type=_holm(dict(zip(pairs, types, strict=True))),
+        by_type=_corrected(dict(zip(pairs, types, strict=True))),
         notes=[],
     )
     return replace(comparison, notes=_notes(comparison))
@@ -240,25 +241,27 @@ def _mcnemar(right_a: Array, right_b: Array) -> McNemar:
     return McNemar(both, only_a, only_b, neither, few, float(test.pvalue) if only_a + only_b else 1.0)
 
 
-def _holm(types: Mapping[str, Compared]) -> dict[str, Compared]:
-    """Every p among those of all question types, after Holm ("A simple sequentially rejective multiple test
-    procedure", Scand. J. Stat. 6, 1979)."""
-    from statsmodels.stats.multitest import multipletests
+def holm(values: Mapping[str, float | None]) -> dict[str, float]:
+    """p by name, corrected for how many there are; those that are None are left out.
 
-    def corrected(values: Mapping[str, float | None]) -> dict[str, float]:
-        known = {kind: p for kind, p in values.items() if p is not None}
-        return (
-            dict(zip(known, multipletests([*known.values()], method="holm")[1].tolist(), strict=True))
-            if known
-            else {}
-        )
+    Holm, "A simple sequentially rejective multiple test procedure" (Scand. J. Stat. 6, 1979): the smallest
+    times their number, the next times one less, and so on; none smaller than the one before, none over 1.
+    (statsmodels' `multipletests` gives the same, and collects garbage each time it is called.)
+    """
+    known = sorted((p, name) for name, p in values.items() if p is not None)
+    times = range(len(known), 0, -1)
+    rising = accumulate((min(1.0, p * left) for (p, _), left in zip(known, times, strict=True)), max)
+    return {name: p for (_, name), p in zip(known, rising, strict=True)}
 
+
+def _corrected(types: Mapping[str, Compared]) -> dict[str, Compared]:
+    """With every p among those of all question types."""
     names = {name for found in types.values() for name in found.scores}
     of_score = {
-        name: corrected({kind: found.scores[name].p for kind, found in types.items() if name in found.scores})
+        name: holm({kind: found.scores[name].p for kind, found in types.items() if name in found.scores})
         for name in names
     }
-    of_mcnemar = corrected({kind: found.mcnemar.p for kind, found in types.items()})
+    of_mcnemar = holm({kind: found.mcnemar.p for kind, found in types.items()})
     return {
         kind: replace(
             found,

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from surgvqa import cli
-from surgvqa.compare import compare
+from surgvqa.compare import compare, holm
 from surgvqa.intervals import draws
 from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput
@@ -110,10 +111,20 @@ def test_holm_by_hand(tmp_path: Path) -> None:
         [(c.mcnemar.p, c.mcnemar.p_holm) for c in found.by_type.values()],
     ):
         most = 0.0
-        for place, (p, holm) in enumerate(sorted(values)):
+        for place, (p, corrected) in enumerate(sorted(values)):
             assert p is not None
             most = max(most, min(1, (5 - place) * p))
-            assert holm == pytest.approx(most)
+            assert corrected == pytest.approx(most)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_is_that_of_statsmodels(seed: int) -> None:
+    values = {str(n): p for n, p in enumerate(np.random.default_rng(seed).random(7) ** 4)}
+    expected = multipletests(list(values.values()), method="holm")[1]
+    found = holm({**values, "none": None})
+    assert [found[name] for name in values] == pytest.approx(expected)
+    assert "none" not in found
+    assert holm({}) == {}
 
 
 def test_a_run_equals_itself(tmp_path: Path) -> None:

@@ -61,6 +61,12 @@ def test_the_data_side_imports_no_torch(name: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_libraries_of_scores_are_imported_where_they_are_used() -> None:
+    heavy = "{'nltk', 'rouge_score', 'sacrebleu', 'scipy', 'sklearn', 'statsmodels', 'jinja2'}"
+    code = f"import sys, surgvqa.scores, surgvqa.compare, surgvqa.cli; sys.exit({heavy} & set(sys.modules) != set())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_checking_a_recipe_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from surgvqa.cli import main; code = main(['check', 'recipes/demo.yaml']);"

@@ -141,6 +141,30 @@ def evaluate(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def compare(argv: Sequence[str]) -> int:
+    """Compare two runs' answers to the same questions: differences, their intervals and tests."""
+    parser = argparse.ArgumentParser("surgvqa compare", description=compare.__doc__)
+    parser.add_argument(
+        "run_a", type=Path, metavar="RUN_A", help="output folder of a run, or its predictions"
+    )
+    parser.add_argument("run_b", type=Path, metavar="RUN_B", help="another; differences are B - A")
+    parser.add_argument(
+        "--split", choices=["train", "val", "test"], help="default: what the runs are judged by"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare"), help="folder to write into (default: compare)"
+    )
+    given = parser.parse_args(argv)
+    from surgvqa.compare import compare as compare_runs
+    from surgvqa.compare import show as show_comparison
+
+    try:
+        show_comparison(compare_runs(given.run_a, given.run_b, given.split), given.out)
+    except BadInput as error:
+        return recipe.explain(error)
+    return 0
+
+
 def show(argv: Sequence[str]) -> int:
     """Show what the model sees of an image and its questions: canvas, tokens, positions, labels."""
     parser = argparse.ArgumentParser("surgvqa show", description=show.__doc__)
@@ -179,8 +203,8 @@ def status(argv: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "check": check, "split": split, "show": show, "train": train, "evaluate": evaluate, "submit": submit,
-    "status": status,
+    "check": check, "split": split, "show": show, "train": train, "evaluate": evaluate, "compare": compare,
+    "submit": submit, "status": status,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from rich.progress import Progress
 from rich.table import Table
 
-from surgvqa import checkpoint, grounding, metrics, processes, recipe
+from surgvqa import checkpoint, grounding, processes, recipe, scores
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
@@ -147,6 +147,7 @@ def _prediction(
         probabilities=probabilities,
         regions=grounding.as_rows(found) if with_boxes else None,
         reference_regions=grounding.as_rows(expected) if with_boxes else None,
+        image_sizes=[list(canvas.source_size) for canvas in canvases] if with_boxes else None,
     )
 
 
@@ -178,7 +179,8 @@ def examine(
             stop=stop,
             advance=lambda done: advance(done * accelerator.num_processes),
         )
-    result = {**metrics.scores(predictions, prepared.prior()), "split": part, "checkpoint": folder.name}
+    found = main_first(accelerator, lambda: scores.score(predictions, prepared.prior()))
+    result = {**found, "split": part, "checkpoint": folder.name}
     if prepared.recipe.data.on_error == "skip":
         result["skipped"] = prepared.skipped_counts
     if overrides:
@@ -197,14 +199,20 @@ def examine(
 def _show(result: Mapping[str, Any], files: tuple[Path, Path], console: Console) -> None:
     table = Table(title=f"exact match on {result['split']}, and the prior: each question's majority answer")
     table.add_column("question type")
-    for heading in ("questions", "exact %", "prior %"):
+    for heading in ("questions", "exact %", "95 % interval", "prior %"):
         table.add_column(heading, justify="right")
-    for row in metrics.table(result):
+    rows = scores.table(result)
+    for row in rows:
         table.add_row(*row)
     console.print(table)
-    if "iou" in result["overall"]:
-        overall = result["overall"]
-        console.print(f"mean IoU of the first box: {overall['iou']:.3f} over {overall['boxes']} questions")
+    for mark, meaning in scores.MARKS.items():
+        if any(mark in row[1] for row in rows):
+            console.print(f"{mark} {meaning}")
+    if "iou" in (overall := result["overall"]):
+        console.print(
+            f"{overall['boxes']} questions with boxes: "
+            f"mean IoU {overall['iou']:.3f}, AP50 {overall['ap50']:.3f}"
+        )
     console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Predictions as scores, each beside the prior that needs no image. Imports no torch."""
+"""Predictions, exact match, and the prior that needs no image: what training looks at. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ class Prediction:
     neither the answer nor the reference has any."""
     reference_regions: list[dict[str, Any]] | None = None
     """Those that it should have."""
+    image_sizes: list[list[int]] | None = None
+    """Width and height of each image in pixels, where there are regions."""
 
     def row(self) -> dict[str, Any]:
-        optional = ("probabilities", "regions", "reference_regions")
+        optional = ("probabilities", "regions", "reference_regions", "image_sizes")
         return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
 
 
@@ -70,8 +72,9 @@ def _majority(counter: Counter[str]) -> str:
 def scores(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
     """`{"overall": {"n", "exact", "prior"}, "by_type": {type: {...}}}`: shares of 1, unrounded.
 
-    Where references have boxes also `boxes`, how many questions do, and `iou`: the mean over these of the IoU
-    of the answer's first box with the reference's first, 0 where it has none or one in another image.
+    Where references have boxes also `boxes`, how many questions do, and `iou`: over these the mean of
+    the matched boxes' IoU, summed and divided by the number of boxes in the answer or in the reference,
+    whichever is larger.
     """
     by_type: dict[str, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
@@ -88,15 +91,35 @@ def _score(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
     guessed = sum(exact(prior.answer(row.question, row.question_type), row.references) for row in predictions)
     found = {"n": n, "exact": right / n if n else None, "prior": guessed / n if n else None}
     overlaps = [
-        _first_iou(row.regions or [], row.reference_regions) for row in predictions if row.reference_regions
+        sum(matches(row.regions or [], row.reference_regions))
+        / max(len(row.regions or []), len(row.reference_regions))
+        for row in predictions
+        if row.reference_regions
     ]
     return {**found, "boxes": len(overlaps), "iou": sum(overlaps) / len(overlaps)} if overlaps else found
 
 
-def _first_iou(regions: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> float:
-    if not regions or regions[0]["image"] != references[0]["image"]:
-        return 0.0
-    return iou(regions[0]["box"], references[0]["box"])
+def matches(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The IoU of each pair of boxes that belong together; none of a pair is in another one.
+
+    Pairs are made by falling IoU, of boxes in the same image that overlap.
+    """
+    pairs = sorted(
+        (
+            (iou(one["box"], other["box"]), -first, -second)
+            for first, one in enumerate(found)
+            for second, other in enumerate(expected)
+            if one["image"] == other["image"]
+        ),
+        reverse=True,
+    )
+    overlaps, taken, given = [], set(), set()
+    for overlap, first, second in pairs:
+        if overlap and first not in taken and second not in given:
+            overlaps.append(overlap)
+            taken.add(first)
+            given.add(second)
+    return overlaps
 
 
 def iou(first: Sequence[float], second: Sequence[float]) -> float:
@@ -121,15 +144,3 @@ def class_weights(answers: Sequence[str], kind: str) -> dict[str, float]:
     }
     mean = sum(weights[answer] * n for answer, n in counts.items()) / len(answers)
     return {answer: weight / mean for answer, weight in weights.items()}
-
-
-def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Scores as rows (what, questions, exact %, prior %), the whole first."""
-    rows = {"all": result["overall"], **result["by_type"]}
-    return [
-        (name, str(row["n"]), _percent(row["exact"]), _percent(row["prior"])) for name, row in rows.items()
-    ]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"

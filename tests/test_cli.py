@@ -72,7 +72,7 @@ def test_a_run_from_check_to_evaluate(recipe: Path, capsys: pytest.CaptureFixtur
     assert list((run / "tensorboard").iterdir())
 
     scores = json.loads((run / "scores.json").read_text())
-    assert set(scores["overall"]) == {"n", "exact", "prior"}
+    assert {"n", "exact", "prior", "above_prior", "intervals", "absent"} <= set(scores["overall"])
     predictions = (run / "predictions.jsonl").read_text()
     assert len(predictions.splitlines()) == scores["overall"]["n"]
     assert cli.main(["evaluate", str(run), "--split", "test"]) == 0

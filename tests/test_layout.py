@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
     "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "scan", "grounding",
-    "metrics", "audit", "hub", "findings", "tokens", "tree", "plan", "attention", "model", "flops", "loss",
-    "processes", "memory", "checkpoint", "decode", "prepare", "evaluate", "banner", "lock", "run", "peers",
-    "replay", "train", "show", "launch", "slurm", "cli",
+    "metrics", "intervals", "nlg", "scores", "compare", "audit", "hub", "findings", "tokens", "tree",
+    "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint", "decode", "prepare",
+    "evaluate", "banner", "lock", "run", "peers", "replay", "train", "show", "launch", "slurm", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
-    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "scan", "grounding",
-    "metrics", "audit", "hub", "findings", "launch", "slurm", "cli",
+    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "scan", "grounding", "metrics",
+    "scores", "compare", "audit", "hub", "findings", "launch", "slurm", "cli",
 ]  # fmt: skip
 
 
@@ -58,6 +58,12 @@ def test_modules_import_only_from_above(name: str) -> None:
 @pytest.mark.parametrize("name", NO_TORCH)
 def test_the_data_side_imports_no_torch(name: str) -> None:
     code = f"import sys, surgvqa.{name}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_libraries_of_scores_are_imported_where_they_are_used() -> None:
+    heavy = "{'nltk', 'rouge_score', 'sacrebleu', 'scipy', 'sklearn', 'statsmodels', 'jinja2'}"
+    code = f"import sys, surgvqa.compare, surgvqa.cli; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -525,6 +525,18 @@ def test_status_of_a_hostile_run(place: Place) -> None:
     assert place.start("status", "run").returncode == 0
 
 
+def test_pipes_are_not_waited_for_by_compare(place: Place) -> None:
+    """Of a run that was evaluated, its scores and then its predictions are pipes."""
+    line = '{"id": "1", "image": "i", "group": "", "question": "Q", "question_type": "t", '
+    (place.run / "predictions.jsonl").write_text(f'{line}"references": ["a"], "answer": "a"}}\n')
+    _pipe(place.run / "scores.json")
+    assert place.start("compare", "run", "run", "--out", "run/compared").returncode == 0
+    _pipe(place.run / "predictions.jsonl")
+    done = place.start("compare", "run", "run")
+    assert done.returncode == 2
+    assert "holds no predictions" in done.stderr
+
+
 # ---- data --------------------------------------------------------------------------------------------
 
 

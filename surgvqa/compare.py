@@ -1,0 +1,422 @@
+"""Two runs' answers to the same questions: is one better, and how sure is that?
+
+    predictions of A, of B ── compare ──▶ Comparison ──▶ a table, compare.json, compare.svg
+
+Differences are B - A, so B is the run of which one hopes that it is better.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, bootstrap, interval, p_value
+from surgvqa.metrics import Prediction
+from surgvqa.recipe import BadInput, printable
+from surgvqa.scores import FEW, MARKS, Bucket, Scored, read
+
+SCHEMA = 1
+"""Of compare.json."""
+
+_DISCORDANT = 25
+"""From so many on McNemar's test takes its chi-squared approximation, with continuity correction."""
+_SHOWN = 5
+"""Differences in the data that are shown."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was compared: a folder or a file of predictions, and what its scores tell of it."""
+
+    path: str
+    split: str | None = None
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A score of both runs, and B - A."""
+
+    a: float
+    b: float
+    difference: float
+    interval: tuple[float, float] | None
+    """95 %, from resamples of the groups; None where no two resamples differ."""
+    p: float | None
+    """Two-sided, from the same resamples."""
+    p_holm: float | None = None
+    """The same among all question types; None for the whole."""
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Exact match, question by question; takes questions for independent of each other."""
+
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    exact: bool
+    """Whether p is binomial; else chi-squared with continuity correction."""
+    p: float
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One question type, or the whole."""
+
+    n: int
+    few: bool
+    groups: int
+    few_groups: bool
+    scores: dict[str, Difference]
+    mcnemar: McNemar
+
+
+@dataclass(frozen=True)
+class Comparison:
+    a: Run
+    b: Run
+    only_in_a: list[str]
+    """Ids of questions that B does not have; they are left out."""
+    only_in_b: list[str]
+    groups: int
+    resamples: int
+    seed: int
+    overall: Compared
+    by_type: dict[str, Compared]
+    notes: list[str]
+
+    def row(self) -> dict[str, Any]:
+        """What compare.json holds."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def compare(
+    run_a: str | Path,
+    run_b: str | Path,
+    split: str | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two runs' answers to the questions that both have.
+
+    `run_a` and `run_b` are output folders of training runs that `surgvqa evaluate` has been through, or files
+    of predictions; `split` is the part, by default the one that the runs are judged by. Raises BadInput where
+    there are no predictions, or where questions with the same id are not the same.
+    """
+    (a, rows_a), (b, rows_b) = _load(Path(run_a), split), _load(Path(run_b), split)
+    if a.split != b.split and a.split and b.split:
+        raise BadInput(
+            f"{a.path} was evaluated on {a.split} and {b.path} on {b.split}; choose one part with --split"
+        )
+    of_b = {row.id: row for row in rows_b}
+    common = [row for row in rows_a if row.id in of_b]
+    if not common:
+        raise BadInput(
+            f"{a.path} and {b.path} have no question in common: "
+            f"ids such as {rows_a[0].id!r} against {rows_b[0].id!r}"
+        )
+    others = [of_b[row.id] for row in common]
+    _same_questions(a, b, common, others)
+    ids_a = {row.id for row in common}
+    scored = Scored(common), Scored(others)
+    pairs = {kind: (scored[0].by_type[kind], scored[1].by_type[kind]) for kind in scored[0].by_type}
+    overall, *types = _compared(
+        scored, [(scored[0].overall, scored[1].overall), *pairs.values()], resamples, seed
+    )
+    comparison = Comparison(
+        a=a,
+        b=b,
+        only_in_a=[row.id for row in rows_a if row.id not in of_b],
+        only_in_b=[row.id for row in rows_b if row.id not in ids_a],
+        groups=len(scored[0].groups),
+        resamples=resamples,
+        seed=seed,
+        overall=overall,
+        by_type=_corrected(dict(zip(pairs, types, strict=True))),
+        notes=[],
+    )
+    return replace(comparison, notes=_notes(comparison))
+
+
+def _load(path: Path, split: str | None) -> tuple[Run, list[Prediction]]:
+    if path.is_file():
+        file, told = path, {}
+    else:
+        # A run's final part has the plain names; others have their own.
+        suffix = f".{split}" if split and (path / f"predictions.{split}.jsonl").is_file() else ""
+        file, told = path / f"predictions{suffix}.jsonl", _scores(path / f"scores{suffix}.json")
+        if not file.is_file() or split not in (None, told.get("split")):
+            part = f" on {split}" if split else ""
+            option = f" --split {split}" if split else ""
+            raise BadInput(f"{path}: holds no predictions{part}; run `surgvqa evaluate {path}{option}` first")
+    rows = read(file)
+    if not rows:
+        raise BadInput(f"{file}: holds no predictions")
+    return Run(str(path), told.get("split"), told.get("checkpoint")), rows
+
+
+def _scores(file: Path) -> dict[str, str]:
+    """Which part and checkpoint the predictions beside it are of; nothing where that cannot be read."""
+    if not file.is_file():  # nor a pipe, which would be waited for
+        return {}
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(told, dict):
+        return {}
+    return {key: told[key] for key in ("split", "checkpoint") if isinstance(told.get(key), str)}
+
+
+def _same_questions(a: Run, b: Run, rows_a: Sequence[Prediction], rows_b: Sequence[Prediction]) -> None:
+    """Raises BadInput with the first differences where a question is not the same in both."""
+    different = [
+        f"question {one.id!r}: {key} is {getattr(one, key)!r} in {a.path}, "
+        f"but {getattr(two, key)!r} in {b.path}"
+        for one, two in zip(rows_a, rows_b, strict=True)
+        for key in ("image", "group", "question", "question_type", "references")
+        if getattr(one, key) != getattr(two, key)
+    ]
+    if different:
+        more = [f"and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else []
+        raise BadInput(
+            [
+                f"{a.path} and {b.path} did not answer the same questions, so they cannot be compared:",
+                *different[:_SHOWN],
+                *more,
+            ]
+        )
+
+
+def _compared(
+    scored: tuple[Scored, Scored], pairs: Sequence[tuple[Bucket, Bucket]], resamples: int, seed: int
+) -> list[Compared]:
+    every = [tally for pair in pairs for bucket in pair for tally in bucket.scores]
+    drawn = bootstrap(every, resamples=resamples, seed=seed) if len(scored[0].groups) > 1 else []
+    samples = dict(zip(map(id, every), drawn, strict=bool(drawn)))
+
+    def columns(bucket: Bucket) -> dict[str, Array]:
+        return {
+            name: samples[id(tally)][:, place] if samples else np.zeros(0)
+            for tally in bucket.scores
+            for place, name in enumerate(tally.names)
+        }
+
+    def values(bucket: Bucket) -> dict[str, float | None]:
+        return {name: value for tally in bucket.scores for name, value in tally.told().items()}
+
+    found = []
+    for one, two in pairs:
+        a, b, draws_a, draws_b = values(one), values(two), columns(one), columns(two)
+        differences = {}
+        for name, value in a.items():
+            other = b.get(name)
+            if value is not None and other is not None:
+                change = draws_b[name] - draws_a[name]
+                differences[name] = Difference(value, other, other - value, interval(change), p_value(change))
+        n, groups = len(one.rows), len(np.unique(scored[0].group[one.rows]))
+        test = _mcnemar(scored[0].right[one.rows], scored[1].right[one.rows])
+        found.append(Compared(n, n < FEW, groups, groups < FEW_GROUPS, differences, test))
+    return found
+
+
+def _mcnemar(right_a: Array, right_b: Array) -> McNemar:
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    a, b = right_a.astype(bool), right_b.astype(bool)
+    both, only_a, only_b, neither = (int(part.sum()) for part in (a & b, a & ~b, b & ~a, ~a & ~b))
+    few = only_a + only_b < _DISCORDANT
+    test = mcnemar([[both, only_a], [only_b, neither]], exact=few, correction=True)
+    return McNemar(both, only_a, only_b, neither, few, float(test.pvalue) if only_a + only_b else 1.0)
+
+
+def holm(values: Mapping[str, float | None]) -> dict[str, float]:
+    """p by name, corrected for how many there are; those that are None are left out.
+
+    Holm, "A simple sequentially rejective multiple test procedure" (Scand. J. Stat. 6, 1979): the smallest
+    times their number, the next times one less, and so on; none smaller than the one before, none over 1.
+    (statsmodels' `multipletests` gives the same, and collects garbage each time it is called.)
+    """
+    known = sorted((p, name) for name, p in values.items() if p is not None)
+    times = range(len(known), 0, -1)
+    rising = accumulate((min(1.0, p * left) for (p, _), left in zip(known, times, strict=True)), max)
+    return {name: p for (_, name), p in zip(known, rising, strict=True)}
+
+
+def _corrected(types: Mapping[str, Compared]) -> dict[str, Compared]:
+    """With every p among those of all question types."""
+    names = {name for found in types.values() for name in found.scores}
+    of_score = {
+        name: holm({kind: found.scores[name].p for kind, found in types.items() if name in found.scores})
+        for name in names
+    }
+    of_mcnemar = holm({kind: found.mcnemar.p for kind, found in types.items()})
+    return {
+        kind: replace(
+            found,
+            scores={
+                name: replace(difference, p_holm=of_score[name].get(kind))
+                for name, difference in found.scores.items()
+            },
+            mcnemar=replace(found.mcnemar, p_holm=of_mcnemar[kind]),
+        )
+        for kind, found in types.items()
+    }
+
+
+def _notes(found: Comparison) -> list[str]:
+    notes = [
+        f"{len(ids)} questions are only in {run.path} and were left out, such as {ids[0]!r}"
+        for run, ids in ((found.a, found.only_in_a), (found.b, found.only_in_b))
+        if ids
+    ]
+    if found.groups == 1:
+        notes.append(
+            "all questions are of one group: there are no intervals, and McNemar's p is not to be trusted"
+        )
+    elif found.groups < FEW_GROUPS:
+        notes.append(f"only {found.groups} groups: intervals and p are not to be trusted")
+    if found.overall.n > found.groups:
+        notes.append(
+            "McNemar's test takes questions for independent, but those of one image or video are not: where "
+            "they go right and wrong together its p is too small; the bootstrap over groups allows for that"
+        )
+    return notes
+
+
+def rows_of_table(found: Mapping[str, Difference]) -> list[tuple[str, ...]]:
+    """Differences as rows (what, A, B, B - A, interval, p), times 100."""
+    return [
+        (
+            name,
+            f"{100 * row.a:.1f}",
+            f"{100 * row.b:.1f}",
+            _signed(row.difference),
+            " … ".join(map(_signed, row.interval)) if row.interval else "-",
+            _p(row.p if row.p_holm is None else row.p_holm),
+        )
+        for name, row in found.items()
+    ]
+
+
+def _marks(compared: Compared) -> str:
+    return "*" * compared.few + "†" * compared.few_groups
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def show(found: Comparison, out: Path) -> None:
+    """Print a comparison, and write compare.json and compare.svg into the folder `out`."""
+    from rich.table import Table
+
+    from surgvqa.terminal import Console
+
+    console = Console()
+    for name, run in (("A", found.a), ("B", found.b)):
+        what = ", ".join(filter(None, (run.split, run.checkpoint)))
+        console.print(f"{name}: {run.path}{f' ({what})' if what else ''}", soft_wrap=True)
+    counted = f"{found.overall.n} questions of {found.groups} groups"
+    whole = Table(title=f"{counted}, times 100; differences are B - A")
+    kinds = Table(title="exact match by question type; p after Holm")
+    for table, first in ((whole, "score"), (kinds, "question type")):
+        table.add_column(first)
+        for heading in ("A", "B", "B - A", "95 % interval", "p"):
+            table.add_column(heading, justify="right")
+    for heading in ("questions", "McNemar's p"):
+        kinds.add_column(heading, justify="right")
+    for row in rows_of_table(found.overall.scores):
+        whole.add_row(*row)
+    marked = set()
+    for kind, compared in found.by_type.items():
+        marks = _marks(compared)
+        marked |= set(marks)
+        for row in rows_of_table({kind: compared.scores["exact"]}):
+            kinds.add_row(*row, f"{compared.n}{marks}", _p(compared.mcnemar.p_holm))
+    console.print(whole)
+    test = found.overall.mcnemar
+    console.print(
+        f"exact match: right in both {test.both}, only in A {test.only_a}, only in B {test.only_b}, "
+        f"in neither {test.neither}; McNemar's p {_p(test.p)} ({'exact' if test.exact else 'chi-squared'})",
+        soft_wrap=True,
+    )
+    console.print(kinds)
+    for note in [*(f"{mark} {MARKS[mark]}" for mark in sorted(marked)), *found.notes]:
+        console.print(note, soft_wrap=True)
+    out.mkdir(parents=True, exist_ok=True)
+    files = out / "compare.json", out / "compare.svg"
+    files[0].write_text(json.dumps(found.row(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files[1].write_text(drawing(found), encoding="utf-8")
+    console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
+
+
+def drawing(found: Comparison) -> str:
+    """The differences in exact match, overall and by question type, with their intervals, as an SVG."""
+    import jinja2
+
+    whole = {"all": found.overall, **found.by_type}
+    shown = {name: compared.scores["exact"] for name, compared in whole.items()}
+    edges = [edge for row in shown.values() for edge in (row.difference, *(row.interval or ()))]
+    reach: float = max(1, math.ceil(20 * max(map(abs, edges)))) / 20  # a whole number of times 5 points
+
+    def x(share: float) -> int:
+        return _MIDDLE + round(share / reach * _REACH)
+
+    rows = [
+        {
+            "name": printable(name)[:40],
+            "what": f"{_signed(row.difference)}, n = {whole[name].n}{_marks(whole[name])}",
+            "y": 70 + 26 * number,
+            "x": x(row.difference),
+            "span": [x(edge) for edge in row.interval] if row.interval else None,
+        }
+        for number, (name, row) in enumerate(shown.items())
+    ]
+    ticks = [
+        (x(share), f"{100 * share:+.3g}" if share else "0")
+        for share in (-reach, -reach / 2, 0, reach / 2, reach)
+    ]
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_SVG)
+    title = f"Exact match: {printable(found.b.path)} - {printable(found.a.path)}, percentage points"
+    return str(template.render(rows=rows, ticks=ticks, title=title, bottom=70 + 26 * len(rows), zero=_MIDDLE))
+
+
+_MIDDLE, _REACH = 500, 190
+_SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {{ bottom + 40 }}" role="img">
+<title>{{ title }}</title>
+<style>
+svg { background: #fff; font: 14px system-ui, sans-serif; } text { fill: #1b2733; }
+.grid { stroke: #ccd4da; } .zero { stroke: #6b7780; } .all { font-weight: 600; }
+.span { stroke: #1c6f9c; stroke-width: 3; stroke-linecap: round; } circle { fill: #1c6f9c; }
+@media (prefers-color-scheme: dark) { svg { background: #14191d; } text { fill: #e4eaee; }
+.grid { stroke: #39434a; } .zero { stroke: #90a0aa; } .span { stroke: #63b7e2; } circle { fill: #63b7e2; } }
+</style>
+<text x="20" y="28" class="all">{{ title }}</text>
+{% for x, label in ticks %}<line x1="{{ x }}" x2="{{ x }}" y1="48" y2="{{ bottom }}"
+ class="{{ 'zero' if x == zero else 'grid' }}"/>
+<text x="{{ x }}" y="{{ bottom + 20 }}" text-anchor="middle">{{ label }}</text>
+{% endfor %}
+{% for row in rows %}
+<text x="290" y="{{ row.y + 5 }}" text-anchor="end"
+ class="{{ 'all' if loop.first else '' }}">{{ row.name }}</text>
+{% if row.span %}<line x1="{{ row.span[0] }}" x2="{{ row.span[1] }}" y1="{{ row.y }}" y2="{{ row.y }}"
+ class="span"/>{% endif %}
+<circle cx="{{ row.x }}" cy="{{ row.y }}" r="5"/><text x="710" y="{{ row.y + 5 }}">{{ row.what }}</text>
+{% endfor %}</svg>
+"""

@@ -196,7 +196,7 @@ def real_colon_vqa(folder: Path) -> dict[str, Any]:
     clips = test_real_colon_vqa.CLIPS[:3]
     test_real_colon_vqa.write(folder / "annotations/in_template.jsonl", *clips)
     test_real_colon_vqa.frames(folder, *clips)
-    return {"path": str(folder), "frames": 2}
+    return {"path": str(folder)}
 
 
 def surgvu25(folder: Path) -> dict[str, Any]:

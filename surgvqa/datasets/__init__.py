@@ -148,6 +148,12 @@ class Problem:
     images: tuple[str, ...] = ()
     """Keys of images to look at."""
 
+    def __post_init__(self) -> None:
+        """What is no UTF-8 in the data is escaped, so that a problem can be written anywhere."""
+        for name in ("place", "what"):
+            text = getattr(self, name).encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, name, text)  # frozen
+
     def __str__(self) -> str:
         return f"{self.place}: {self.what}"
 
@@ -187,7 +193,7 @@ def load(data: Data) -> Dataset:
     problems: list[Problem] = []
     first_place: dict[str, str] = {}
     for number, source in enumerate(data.sources):
-        before = len(examples) + len(problems)
+        known, told = len(examples), len(problems)
         for row in _module(source.format).read(source):
             if isinstance(row, Problem):
                 problems.append(row)
@@ -199,8 +205,10 @@ def load(data: Data) -> Dataset:
             else:
                 first_place[example.id] = example.place
                 examples.append(example)
-        if len(examples) + len(problems) == before:
+        if len(examples) + len(problems) == known + told:
             raise BadInput(f"{source.path}: holds no questions")
+        if len(examples) == known and all(problem.warning for problem in problems[told:]):
+            problems.append(Problem(source.path or source.format, "holds no questions", whole=True))
     from surgvqa.datasets import splits  # which imports from here
 
     examples, found = splits.apply(examples, data.split)

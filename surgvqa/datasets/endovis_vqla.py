@@ -50,7 +50,7 @@ def _endovis17(source: Source) -> Iterator[Example | Problem]:
     corpus = Corpus(source, name="EndoVis-17-VQLA", layout=layout, marks=["vqla"], form=_FORM)
     texts = corpus.folder("vqla/label", "vqla")
     if texts is None:
-        yield Problem(str(corpus.root / "vqla"), "is not a folder")
+        yield Problem(str(corpus.root / "vqla"), "is not a folder", whole=True)
         return
     rows = corpus.beside(
         texts, FRAMES, "endovis17", counts=(3,), frame=lambda stem: re.sub(r"_QAL?$", "", stem)

@@ -250,9 +250,12 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Problem(place, f"is not valid CSV: {error}")
+                # A quotation mark too many or too few may have made one record of many.
+                many = reader.line_num > line
+                where = f"; what is up to line {reader.line_num} cannot be read" if many else ""
+                yield Problem(place, f"is not valid CSV: {error}{where}", whole=many)
                 values = []
-            line = reader.line_num + 1
+            first, line = line, reader.line_num + 1
             if header is None:
                 header = [name.strip() for name in values]
                 if missing := [name for name in columns if name not in header]:
@@ -270,7 +273,10 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
                 if len(values) == len(header):
                     yield Row(place, number, dict(zip(header, values, strict=True)))
                 else:
-                    yield Problem(place, f"has {len(values)} fields instead of {len(header)}")
+                    many = line - first > 1
+                    where = f", up to line {line - 1}" if many else ""
+                    what = f"has {len(values)} fields instead of {len(header)}{where}"
+                    yield Problem(place, what, whole=many)
 
 
 def open_parquet(files: Sequence[Path], image: str = "image") -> Any:
@@ -295,6 +301,10 @@ def open_hub(path: str, revision: str | None, subset: str | None = None, split: 
     """
     if not Path(path).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise BadInput(f"{path}: no such file or folder, and no hub id such as owner/name")
+    # The library passes over what is no file, such as a link into a cache that has lost it.
+    tables = (file for file in Path(path).rglob("*") if file.suffix.lower() in (*SUFFIXES, ".arrow"))
+    if wrong := [str(file) for file in tables if not file.is_file()]:
+        raise BadInput(f"{', '.join(wrong)}: is named as a table, but is not a file")
     import datasets
 
     try:
@@ -341,8 +351,11 @@ def table_rows(
     number = 0
     columns = table.select_columns(names).with_format("arrow")
     for batch in columns.iter(batch_size=32):  # bounds how many images are in memory
-        for fields in batch.to_pylist():
+        for fields in _read(batch):
             number += 1
+            if fields is None:
+                yield Problem(f"{place}: row {number}", "holds text that is not UTF-8")
+                continue
             cell = fields.get(image)
             if isinstance(cell, dict):
                 fields[image] = _embedded(cell, refs, ImageRef("", None, table, number - 1, image))
@@ -357,6 +370,17 @@ def table_rows(
                 known = fields[name] is not None and 0 <= fields[name] < kind.num_classes  # -1 is none
                 fields[name] = kind.int2str(fields[name]) if known else None
             yield Row(f"{place}: row {number}", number, fields)
+
+
+def _read(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of an Arrow table; None for those whose text is not UTF-8."""
+    try:
+        rows: list[dict[str, Any] | None] = batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        rows = [row for index in range(batch.num_rows) for row in _read(batch.slice(index, 1))]
+    return rows
 
 
 def _embedded(cell: dict[str, Any], refs: dict[str, ImageRef], ref: ImageRef) -> ImageRef | str | None:

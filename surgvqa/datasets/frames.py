@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,13 @@ class Corpus:
             raise BadInput(f"{folder}: cannot be listed: {error.strerror or error}") from None
         return sorted((int(match[1]), place) for match, place in found if match)
 
+    def texts(self, folder: Path) -> dict[str, Path | str]:
+        """Names of the text files in a folder → the file, or what is wrong with it.
+
+        Raises ValueError where the folder cannot be listed, to be put after the folder.
+        """
+        return self._images.files(folder, (".txt",))
+
     def beside(
         self,
         texts: Path,
@@ -122,7 +129,7 @@ class Corpus:
         out, counted. `even` says that each frame should have a file.
         """
         try:
-            files = self._images.files(texts, (".txt",))
+            files = self.texts(texts)
         except ValueError as error:
             yield Problem(str(texts), str(error), whole=True)
             return
@@ -169,11 +176,12 @@ class Corpus:
         except ValueError as error:
             found = str(error)
         if isinstance(found, str):
-            yield Problem(str(file), found)
+            yield Problem(str(file), found, whole=True)
             return
         for row in self._lines(file, (3,)):
             if isinstance(row, Problem):
-                yield row
+                # Here a file is no frame's, but a table of many.
+                yield replace(row, whole=row.place == str(file))
                 continue
             number, (name, *fields) = row
             place = f"{file}:{number}"
@@ -296,7 +304,7 @@ class Corpus:
 def there(place: Path) -> bool:
     """Whether there is such an entry; also where this may not be known, so that reading it tells why."""
     try:
-        return place.exists()
+        return place.exists() or place.is_symlink()
     except OSError:
         return True
 

@@ -54,6 +54,11 @@ class Images:
         for entry in named:
             if entry.name.startswith("."):
                 continue
+            try:
+                entry.name.encode()
+            except UnicodeEncodeError:
+                found[entry.name] = "has a name that is not UTF-8"
+                continue
             if not entry.is_symlink():
                 found[entry.name] = (
                     Path(entry.path) if entry.is_file(follow_symlinks=False) else "is not a file"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from surgvqa.datasets import Example, Problem, cholec80_vqa, endovis18_vqa
-from surgvqa.datasets.frames import Corpus, Row
+from surgvqa.datasets.frames import Corpus, Row, there
 from surgvqa.recipe import Source
 
 _LAYOUT = (
@@ -25,15 +25,15 @@ _FORM = "video/frame|question|answer"
 def read(source: Source) -> Iterator[Example | Problem]:
     """Every line of every file. Raises BadInput where there are none."""
     corpus = Corpus(source, name="SurgicalGPT", layout=_LAYOUT, marks=["Train", "Val"], form=_FORM)
-    files = [
-        file
-        for folder in ("Train", "Val")
-        for file in sorted((corpus.root / folder).glob("*.txt"))
-        if not file.name.startswith(".")
-    ]
-    for file in files:
-        for row in corpus.listed(file, _frames, pattern=r"seq_\d{1,4}|\d{1,2}"):
-            yield _example(corpus, row) if isinstance(row, Row) else row
+    for folder in (corpus.root / "Train", corpus.root / "Val"):
+        try:
+            names = sorted(corpus.texts(folder)) if there(folder) else []
+        except ValueError as error:
+            yield Problem(str(folder), str(error), whole=True)
+            continue
+        for name in names:
+            for row in corpus.listed(folder / name, _frames, pattern=r"seq_\d{1,4}|\d{1,2}"):
+                yield _example(corpus, row) if isinstance(row, Row) else row
     yield from corpus.warnings()
 
 

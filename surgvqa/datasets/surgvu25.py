@@ -9,6 +9,7 @@ The public sample set is all there is: its cases are `test`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -27,14 +28,21 @@ _LONGEST = 2**20
 def read(source: Source) -> Iterator[Example | Problem]:
     """One question of each case below the source's folder. Raises BadInput where it has none."""
     root = Path(source.path or ".")
-    files = sorted(root.glob("case*/case*_question.json")) if root.is_dir() else []
-    if not files:
+    files = {
+        entry: sorted(entry.glob("case*_question.json")) if entry.is_dir() else []
+        for entry in (sorted(root.iterdir()) if root.is_dir() else [])
+        if re.fullmatch(r"case\w+", entry.name)
+    }
+    if not any(files.values()):
         found = "no such folder" if not root.is_dir() else "holds no case*/case*_question.json"
         raise BadInput(f"{root}: {found}, so it is no SURGVU25_cat_2_sample_set_public")
+    for entry, questions in files.items():
+        if not questions:
+            yield Problem(str(entry), f"is no folder with {entry.name}_question.json")
     images = Images(root, source.roots)
     folders = [root, *map(Path, source.roots)]
     counts: dict[str, int] = {}
-    for file in files:
+    for file in itertools.chain.from_iterable(files.values()):
         case = file.parent.name
         try:
             question = as_text(_json(file))

@@ -81,7 +81,9 @@ def unknown_columns(place: str, mapped: Mapping[str, str], seen: Mapping[str, No
     """Columns that the recipe names and no row has, of files in which each row names its columns."""
     if seen and (lost := [f"{name} (for {ours})" for ours, name in mapped.items() if name not in seen]):
         yield Problem(
-            place, f"no row has the column {', '.join(lost)} of data.columns; it has {', '.join(seen)}"
+            place,
+            f"no row has the column {', '.join(lost)} of data.columns; it has {', '.join(seen)}",
+            whole=True,
         )
 
 
@@ -94,8 +96,10 @@ def part_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     if not path.is_dir():
         what = "is neither a file nor a folder" if path.exists() else "no such file or folder"
         raise BadInput(f"{path}: {what}; give a table ({', '.join(suffixes)}) or a folder of them")
-    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in suffixes and file.is_file()]
+    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in suffixes]
     parts = [file for file in files if part_of(file)]
+    if wrong := [str(file) for file in parts if not file.is_file()]:
+        raise BadInput(f"{', '.join(wrong)}: is named as a table, but is not a file")
     if not parts:
         found = ", ".join(file.name for file in files[:5]) or "no table at all"
         raise BadInput(

@@ -9,6 +9,7 @@ yields are what canvases, and so token counts, are planned from.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -221,7 +222,9 @@ def audit(
     faults = {**found.faults, **(_too_long(found.found, crop) if mode == "native" else {})}
     rows = [problem for problem in dataset.problems if not (problem.warning or problem.whole)]
     sizes = {key: facts.size for key, facts in found.found.items()}
-    special = {**dict(_boxes(dataset, sizes)), **dict(_special(dataset, special_tokens))}
+    pictures = {key: facts.picture for key, facts in found.found.items() if facts.picture}
+    boxes = _boxes(dataset, sizes, pictures if crop == "border" else {})
+    special = {**dict(boxes), **dict(_special(dataset, special_tokens))}
     broken = [_broken(key, why, uses[key]) for key, why in faults.items()]
     skipped: list[Problem] = []
     left_out: set[str] = set()
@@ -250,9 +253,10 @@ def audit(
         problems.append(Problem("data.on_error", "skip leaves out everything; mend the data", whole=True))
     problems += _parts(dataset, trains)
     problems += _leaks(uses, by, dataset.leaky)
-    problems += _copies(facts, uses)
+    problems += _copies(facts, uses, dataset.leaky)
     problems += _near(facts, uses)
     problems += _junk(dataset)
+    problems += _boxes_alone(dataset)
     problems += _unseen_answers(dataset)
     problems += _conflicts(dataset)
     problems.sort(key=lambda problem: problem.warning)
@@ -299,17 +303,20 @@ def report(problems: Iterable[Problem]) -> str:
     return "\n".join([*lines, counts])
 
 
+_NAMES = re.compile(r"'[^']*'|\"[^\"]*\"")
+"""What problems of the same kind differ in."""
+
+
 def condensed(problems: Iterable[Problem]) -> list[str]:
-    """Problems as lines; of over 20 rows with the same one, the first, the last and how many there are."""
+    """Problems as lines; of over 20 rows with the same one, whatever names are in it, the first, the place of
+    the last and how many there are."""
     alike: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
-        alike[problem.what].append(problem)
+        alike[_NAMES.sub("", problem.what)].append(problem)
     lines = []
-    for what, same in alike.items():
+    for same in alike.values():
         if len(same) > _ALIKE:
-            lines.append(
-                f"{same[0].place}: {what} (and {len(same) - 1} more rows, the last at {same[-1].place})"
-            )
+            lines.append(f"{same[0]} (and {len(same) - 1} more rows, the last at {same[-1].place})")
         else:
             lines += map(str, same)
     return [printable(line) for line in lines]
@@ -329,12 +336,22 @@ def _special(dataset: Dataset, tokens: Collection[str]) -> Iterator[tuple[str, P
             yield example.id, Problem(example.place, what)
 
 
-def _boxes(dataset: Dataset, sizes: Mapping[str, Size]) -> Iterator[tuple[str, Problem]]:
+def _boxes(
+    dataset: Dataset, sizes: Mapping[str, Size], pictures: Mapping[str, Rectangle]
+) -> Iterator[tuple[str, Problem]]:
     """Ids of questions with boxes that are empty, reach out of their image, or do not fit the question's
     places for them, and the problem."""
     for example in dataset.examples:
-        if wrong := misplaced(example, sizes):
+        if wrong := misplaced(example, sizes, pictures):
             yield example.id, Problem(example.place, "; ".join(wrong))
+
+
+def _boxes_alone(dataset: Dataset) -> Iterator[Problem]:
+    """Answers without words, of which exact match says nothing."""
+    alone = [example for example in dataset.examples if example.regions and not example.answers[0].strip()]
+    if alone:
+        what = f"{_count(len(alone), 'answer')} of boxes without words: any boxes are an exact match, see iou"
+        yield Problem(alone[0].place, what, warning=True)
 
 
 def _parts(dataset: Dataset, trains: bool) -> Iterator[Problem]:
@@ -385,7 +402,13 @@ def _leak(what: str, parts_of: _Parts, cure: str, warning: bool) -> Iterator[Pro
         yield Problem("split", f"{what}; {cure}", warning, images=_few(shown))
 
 
-def _copies(facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]]) -> Iterator[Problem]:
+_SOURCE = re.compile(r"(\d+//)?")
+"""What `datasets.load` puts before the images of a further data set."""
+
+
+def _copies(
+    facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]], leaky: bool
+) -> Iterator[Problem]:
     """Images under different names but with the same bytes, in more than one part."""
     names: dict[str, list[str]] = defaultdict(list)
     for key, image in facts.items():
@@ -396,10 +419,15 @@ def _copies(facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example
         parts = {example.split for example in uses[first]}
         elsewhere = [key for key in others if any(example.split not in parts for example in uses[key])]
         leaking += [(first, key) for key in elsewhere[:1]]
-    if leaking:
-        listed = _some([f"{first} = {key}" for first, key in leaking])
-        what = f"{_count(len(leaking), 'picture')} in two parts or more under different names: {listed}"
-        yield Problem("split", what, warning=True, images=_few(key for pair in leaking for key in pair))
+    # The same data set read twice is a mistake; a few pictures that a data set holds twice are its own.
+    twice = [pair for pair in leaking if len({_SOURCE.match(key)[0] for key in pair}) > 1]  # type: ignore[index]  # matches all
+    for pairs, warning in ((twice, leaky), ([pair for pair in leaking if pair not in twice], True)):
+        if pairs:
+            listed = _some([f"{first} = {key}" for first, key in pairs])
+            what = f"{_count(len(pairs), 'picture')} in two parts or more under different names: {listed}"
+            if not warning:
+                what += "; two data sets share them: split by group, with the same group in both"
+            yield Problem("split", what, warning, images=_few(key for pair in pairs for key in pair))
 
 
 def _near(facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]]) -> Iterator[Problem]:

@@ -29,7 +29,7 @@ from typing import Any
 
 from surgvqa.augment import Placement
 from surgvqa.datasets import Box, Example, Region
-from surgvqa.letterbox import Canvas, Size, clipped
+from surgvqa.letterbox import Canvas, Rectangle, Size, clipped
 
 TOKENS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 """The special tokens that are put around boxes; data may not hold them."""
@@ -91,10 +91,13 @@ def _thousandths(low: float, high: float, side: int) -> tuple[int, int]:
     return (first, first + 1) if first == 0 or (more_is_after and first < SCALE) else (first - 1, first)
 
 
-def misplaced(example: Example, sizes: Mapping[str, Size]) -> list[str]:
+def misplaced(
+    example: Example, sizes: Mapping[str, Size], pictures: Mapping[str, Rectangle] | None = None
+) -> list[str]:
     """What is wrong with an example's boxes, given the (width, height) of images by their key.
 
-    A box may reach out of its image by a pixel. Boxes in images whose size is not known are not looked at.
+    `pictures` are what a crop leaves of them. A box may reach out of its image by a pixel. Boxes in images
+    whose size is not known are not looked at.
     """
     wrong = []
     for region in (*example.asked_regions, *example.regions):
@@ -106,7 +109,12 @@ def misplaced(example: Example, sizes: Mapping[str, Size]) -> list[str]:
         elif size := sizes.get(example.images[region.image].key):
             x1, y1, x2, y2 = box = _pixels(region, size)
             cut = clipped(box, size)
-            if not (x1 < x2 and y1 < y2):
+            if region.of not in (None, size):
+                wrong.append(
+                    f"its box is in pixels of {region.of[0]}×{region.of[1]}, but the image has "
+                    f"{size[0]}×{size[1]}; use the frames as they were published"
+                )
+            elif not (x1 < x2 and y1 < y2):
                 wrong.append(
                     f"box {_shown(region.box)} is empty; it must be x1, y1, x2, y2 with x1 < x2, y1 < y2"
                 )
@@ -117,6 +125,13 @@ def misplaced(example: Example, sizes: Mapping[str, Size]) -> list[str]:
                 )
             elif not (cut[0] < cut[2] and cut[1] < cut[3]):
                 wrong.append(f"box {_shown(region.box)} is outside of its image")
+            elif pictures and (left := pictures.get(example.images[region.image].key)):
+                seen = max(cut[0], left[0]), max(cut[1], left[1]), min(cut[2], left[2]), min(cut[3], left[3])
+                if not (seen[0] < seen[2] and seen[1] < seen[3]):
+                    wrong.append(
+                        f"box {_shown(region.box)} is in the border that image.crop cuts off, which leaves "
+                        f"{_shown(left)}; set image.crop: none"
+                    )
     if any(region.label for region in example.regions) and not example.answers[0].strip():
         wrong.append("the answer is empty, but its boxes have labels; make them the answer")
     places, boxes = example.question.count(PLACEHOLDER), len(example.asked_regions)

@@ -89,7 +89,7 @@ def _score(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
     n = len(predictions)
     right = sum(exact(row.answer, row.references) for row in predictions)
     guessed = sum(exact(prior.answer(row.question, row.question_type), row.references) for row in predictions)
-    found = {"n": n, "exact": right / n if n else None, "prior": guessed / n if n else None}
+    found = {"n": n, "exact": right / n if n else None, "prior": guessed / n if n and prior.overall else None}
     overlaps = [
         sum(matches(row.regions or [], row.reference_regions))
         / max(len(row.regions or []), len(row.reference_regions))

@@ -78,7 +78,7 @@ class Prepared:
         asked, found = batch.tokens_per_micro_batch, self.tokens_per_micro_batch
         plan = Plan(
             image=questions.image,
-            branch_tokens=questions.branch_tokens,
+            branch_tokens=questions.most_branch_tokens,
             root_tokens=questions.root_tokens,
             questions=batch.questions,
             questions_per_image=batch.questions_per_image,
@@ -152,7 +152,8 @@ class Prepared:
         """What is trained on, so that a change can be named: how many questions, and their digests.
 
         `questions` counts them; `order` is of their ids in order, `ids`, `texts` (with all answers and
-        boxes) and `images` (of the images' bytes) are in the order of the ids.
+        boxes) and `kinds` (their types, stages and images'
+        names) and `images` (of the images' bytes) are in the order of the ids.
         """
         examples = self.dataset.part("train")
         ordered = sorted(examples, key=lambda example: example.id)
@@ -161,6 +162,7 @@ class Prepared:
             "order": _digest(example.id for example in examples),
             "ids": _digest(example.id for example in ordered),
             "texts": _digest((e.id, e.question, e.answers, e.regions, e.asked_regions) for e in ordered),
+            "kinds": _digest((e.id, e.question_type, e.stage, e.image_key) for e in ordered),
             "images": _digest((e.id, [self.digests[image.key] for image in e.images]) for e in ordered),
         }
 

@@ -221,7 +221,7 @@ class Source(_Section):
 class Data(Source):
     more: list[Source] = []
     """Further data sets to read with this one, each with the keys above of its own. Their questions and
-    images get their number in front, `1/`, `2/`, ...; a group of the same name in two is the same."""
+    images get their number in front, `1/` or `1//`; a group of the same name in two is the same."""
     split: Split = Split()
     stages: list[int] | None = Field(None, min_length=1)
     """Train and evaluate on the questions of these stages alone; null: on all."""

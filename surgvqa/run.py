@@ -344,7 +344,11 @@ def _data_difference(old: Mapping[str, str | int], new: Mapping[str, str | int])
         return f"{old.get('questions')} questions → {new['questions']}"
     if old.get("ids") != new["ids"]:
         return "other questions, by their ids"
-    names = {"texts": "the texts of questions or answers", "images": "the bytes of images"}
+    names = {
+        "texts": "the texts of questions or answers",
+        "kinds": "question types, stages or names of images",
+        "images": "the bytes of images",
+    }
     changed = [what for key, what in names.items() if old.get(key) != new[key]]
     if old.get("order") != new["order"]:
         changed.append("the order of the questions")

@@ -406,8 +406,11 @@ def _legacy_first(row: Prediction) -> float:
 def score(
     predictions: Sequence[Prediction], prior: Prior, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """What scores.json holds, as docs/metrics.md describes it; values are unrounded, shares are of 1."""
-    scored = Scored(predictions, prior)
+    """What scores.json holds, as docs/metrics.md describes it; values are unrounded, shares are of 1.
+
+    There is no prior where nothing was trained on.
+    """
+    scored = Scored(predictions, prior if prior.overall else None)
     buckets = [scored.overall, *scored.by_type.values()]
     tallies = [tally for bucket in buckets for tally in (*bucket.scores, *bucket.legacy)]
     drawn = bootstrap(tallies, resamples=resamples, seed=seed) if len(scored.groups) > 1 else []
@@ -452,15 +455,16 @@ def _valued(tallies: Sequence[Tally], samples: Mapping[int, Array]) -> dict[str,
 
 
 def _by_group(scored: Scored) -> dict[str, dict[str, Any]]:
-    assert scored.guessed is not None
+    ones = np.ones(len(scored.group))
+    guessed = np.full(len(ones), np.nan) if scored.guessed is None else scored.guessed
     sums = summed(
-        np.column_stack([np.ones(len(scored.group)), scored.right, scored.guessed]),
+        np.column_stack([ones, scored.right, guessed]),
         scored.group,
         len(scored.groups),
     )
     return {
-        group: {"n": int(n), "few": n < FEW, "exact": right / n, "prior": guessed / n}
-        for group, (n, right, guessed) in zip(scored.groups, sums.tolist(), strict=True)
+        group: {"n": int(n), "few": n < FEW, "exact": right / n, "prior": sure / n if sure == sure else None}
+        for group, (n, right, sure) in zip(scored.groups, sums.tolist(), strict=True)
     }
 
 

@@ -274,7 +274,7 @@ def _train(
                     lr=optimizer.param_groups[0]["lr"],
                     grad_norm=grad_norm,
                     questions=len(asked),
-                    tokens=sum(map(plan.tokens, trees)),
+                    tokens=questions.tokens(trees),
                     seconds=seconds,
                     **speed.of(trees, seconds),
                 )

@@ -281,13 +281,19 @@ class Questions:
         self.branch_tokens = np.array(
             [branch.tokens for branch in self.candidates or self.branches], np.int64
         )
-        """(questions,) length of each branch; where its boxes move, what it is at most."""
-        if augment != "none":
-            boxes = [len(example.asked_regions) + len(example.regions) for example in examples]
-            self.branch_tokens += _BOX_TOKENS * np.array(boxes, np.int64)
+        """(questions,) length of each branch."""
+        boxes = [len(example.asked_regions) + len(example.regions) for example in examples]
+        moved = _BOX_TOKENS if augment != "none" else 0
+        self.most_branch_tokens = self.branch_tokens + moved * np.array(boxes, np.int64)
+        """(questions,) the same, or where boxes move with their pictures the most that it can be."""
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def tokens(self, trees: Sequence[Sequence[int]]) -> int:
+        """The length of trees of question numbers together, where boxes have not moved."""
+        roots = self.root_tokens[self.image[[tree[0] for tree in trees]]].sum()
+        return int(roots + sum(self.branch_tokens[tree].sum() for tree in trees))
 
     def placements(self, question: int, epoch: int | None = None) -> list[Placement]:
         """How a training epoch shows each of a question's images; None: as evaluation shows them.

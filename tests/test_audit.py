@@ -162,6 +162,41 @@ def test_copies_under_another_name(build: Builder) -> None:
     )
 
 
+def test_one_data_set_read_twice_leaks(build: Builder) -> None:
+    """Its pictures have other names then, and a hash of them puts them elsewhere."""
+    (build.folder / "copy.png").write_bytes((build.folder / "train.png").read_bytes())
+    build.add("copy.png", "test")
+    last = build.examples[-1]
+    build.examples[-1] = replace(last, images=(replace(last.images[0], key="1//copy.png"),))
+    assert "error: split: 1 picture in two parts or more under different names" in found(
+        check(build.dataset())
+    )
+
+
+def test_boxes_alone_are_told_of(build: Builder) -> None:
+    build.add("train.png", "train", answer="", question="Where is it?")
+    build.examples[-1] = replace(build.examples[-1], regions=(Region((0, 0, 20, 20)),))
+    assert "1 answer of boxes without words" in found(check(build.dataset()))
+
+
+def test_boxes_that_a_crop_cuts_off_are_errors(build: Builder) -> None:
+    picture = Image.new("RGB", (200, 100))
+    picture.paste("#808080", (100, 0, 200, 100))
+    picture.save(build.folder / "half.png")
+    for box in ((0, 0, 50, 50), (80, 0, 150, 50)):
+        build.add("half.png", "train", question=f"What is in {box}?")
+        build.examples[-1] = replace(build.examples[-1], asked_regions=(Region(box),))
+    assert "cuts off" not in found(check(build.dataset()))
+    said = found(audit(build.dataset(), mode="letterbox", crop="border"))
+    assert said.count("is in the border that image.crop cuts off") == 1
+
+
+def test_boxes_in_pixels_of_another_size_are_errors(build: Builder) -> None:
+    build.add("train.png", "train", question="What is there?")
+    build.examples[-1] = replace(build.examples[-1], asked_regions=(Region((0, 0, 9, 9), of=(1280, 1024)),))
+    assert "in pixels of 1280×1024, but the image has 40×30" in found(check(build.dataset()))
+
+
 def test_answers_never_seen_in_train(build: Builder) -> None:
     for answer in ("x", "x", "Yes"):
         build.add("test.png", "test", answer, question=f"Q{len(build.examples)}?")

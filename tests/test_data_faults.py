@@ -266,6 +266,10 @@ CHANGES: dict[str, tuple[Callable[[list[Any]], list[Any]], str]] = {
         lambda rows: random.Random(1).sample(rows, len(rows)),
         "the order of the questions changed",
     ),
+    "of another type": (
+        lambda rows: [{**row, "question_type": "other"} for row in rows],
+        "question types, stages or names of images changed",
+    ),
     "appended": (lambda rows: [*rows, *asking(["0.png"])], r"\d+ questions → \d+"),
     "renamed": (
         lambda rows: [{**row, "id": row["id"] + "x"} for row in rows],

@@ -272,6 +272,21 @@ def test_hashes_stay_near_when_a_picture_is_saved_again(tmp_path: Path) -> None:
         assert bool(near(pair[:1], pair[1:], 4)) == is_near, name
 
 
+def test_images_of_one_cell_are_remembered_apart(tmp_path: Path) -> None:
+    import datasets
+
+    cells = []
+    for side in (40, 60):
+        stream = BytesIO()
+        Image.new("RGB", (side, 30)).save(stream, "PNG")
+        cells.append({"bytes": stream.getvalue(), "path": None})
+    table = datasets.Dataset.from_dict({"image": [cells]})
+    refs = [ImageRef(f"{index}", None, table, 0, "image", index) for index in (0, 1)]
+    first, again = scan(refs), scan(refs)
+    assert (first.decoded, again.decoded) == (2, 0)
+    assert [again.found[key].size for key in ("0", "1")] == [(40, 30), (60, 30)]
+
+
 def test_real_awkward_images() -> None:
     real = SHARED / "awkward"
     if not real.is_dir():

@@ -433,7 +433,8 @@ def test_resampled_sums_are_the_scores_of_repeated_questions(kind: str) -> None:
 
 
 def test_every_score_has_an_interval_around_it() -> None:
-    found = overall(sure(4, 300, LABELS))
+    prior = Prior([Example("t", (), "Q?", ("none of them",), "state")])
+    found = overall(sure(4, 300, LABELS), prior)
     for name in ("exact", "above_prior", *CLASSES, "auroc"):
         low, high = found["intervals"][name]
         assert low < found[name] < high, name

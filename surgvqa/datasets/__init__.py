@@ -99,6 +99,8 @@ class Region:
     """Which of the example's images, from 0."""
     relative: bool = False
     """Whether `box` runs from 0 to 1 instead of over pixels."""
+    of: tuple[int, int] | None = None
+    """Width and height of the image whose pixels these are, where the corpus says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +243,7 @@ def _numbered(example: Example, number: int) -> Example:
 
     Groups keep their names: a video is the same in all data sets.
     """
-    images = tuple(replace(image, key=f"{number}/{image.key}") for image in example.images)
+    # Two slashes are in no path, so no image of the first data set has such a key.
+    images = tuple(replace(image, key=f"{number}//{image.key}") for image in example.images)
     renamed = replace(example, id=f"{number}/{example.id}", images=images)
     return replace(renamed, group=renamed.image_key) if example.group == example.image_key else renamed

@@ -11,7 +11,6 @@ without annotations is a negative: its only answer is `none`.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Container, Iterator
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.datasets import Box, Example, ImageRef, Problem, Region
-from surgvqa.datasets.tables import PARTS, Images, as_text
+from surgvqa.datasets.images import Images, leading_out
+from surgvqa.datasets.tables import PARTS, as_text, is_coordinate
 from surgvqa.recipe import BadInput, Part, Source
 
 NONE = "none"
@@ -36,6 +36,8 @@ def read(source: Source) -> Iterator[Example | Problem]:
     """
     path = Path(source.path or ".")
     root, files = _files(path)
+    if path.is_dir() and (out := leading_out([file for file, _ in files], path, source.roots)):
+        raise BadInput(out)
     images = Images(root, source.roots)
     left_out: Counter[str] = Counter()
     for file, part in files:
@@ -200,7 +202,7 @@ def _box(row: dict[str, Any]) -> Box:
     if (
         not isinstance(box, list)
         or len(box) != 4
-        or not all(type(edge) in (int, float) and math.isfinite(edge) for edge in box)
+        or not all(is_coordinate(edge) for edge in box)
         or min(box[2:]) <= 0
     ):
         raise ValueError(f"bbox is {str(box)[:80]}; it must be x, y and a width and height above 0")

@@ -78,7 +78,9 @@ def read(source: Source) -> Iterator[Example | Problem]:
     names = ("image", "conversations") if source.format == "llava" else ("images", "messages")
     needed, wanted = tables.columns(source, names, _OPTIONAL)
     must = needed if names[0] in source.columns else needed[1:]  # images may also be in the messages
-    for file in tables.part_files(Path(source.path or "."), (".json", ".jsonl", ".parquet")):
+    for file in tables.part_files(
+        Path(source.path or "."), (".json", ".jsonl", ".parquet"), roots=source.roots
+    ):
         told, seen = _Told(), dict[str, None]()
         images, elsewhere = Images(file.parent, source.roots), _Elsewhere()
         for row in rows_of(file, must, [needed[0], *wanted], needed[0]):

@@ -74,6 +74,6 @@ def _example(corpus: Corpus, row: Row, group: str, part: Part | None) -> Example
             row.place,
             f"{shown!r} is no box x1,y1,x2,y2 with 1 ≤ x1 ≤ x2 ≤ {WIDTH} and 1 ≤ y1 ≤ y2 ≤ {HEIGHT}",
         )
-    region = Region((x1 - 1, y1 - 1, x2, y2))
+    region = Region((x1 - 1, y1 - 1, x2, y2), of=(WIDTH, HEIGHT))
     kind = question_type(row.fields[0])
     return corpus.example(row, kind, group, part, labels=LABELS, regions=(region,))

@@ -5,10 +5,28 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 
 from surgvqa.datasets import ImageRef
+
+
+def leading_out(files: Iterable[Path], folder: Path, roots: Sequence[str] = ()) -> list[str]:
+    """What is wrong with files found in a folder that are links out of it and of `roots`."""
+    homes = [folder.resolve(), *(Path(root).resolve() for root in roots)]
+    out = []
+    for file in files:
+        try:
+            real = file.resolve() if file.is_symlink() else homes[0]
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+            out.append(f"{file}: cannot be looked up: {getattr(error, 'strerror', None) or error}")
+            continue
+        if not any(real.is_relative_to(home) for home in homes):
+            out.append(
+                f"{file}: leads out of {folder}, to {real}; list a folder around it in data.roots if that is "
+                "meant"
+            )
+    return out
 
 
 class Images:

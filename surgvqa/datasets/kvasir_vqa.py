@@ -126,7 +126,7 @@ def _examples(rows: list[_Row], image_of: Callable[[str], ImageRef]) -> Iterator
             question=row.question,
             answers=(row.answer, *others),
             question_type=QUESTION_TYPES.get(row.question, "other"),
-            group=row.image,
+            group=f"kvasir/{row.image}",
             stage=stage(row.question),
             place=row.place,
         )

@@ -75,7 +75,8 @@ def medico_rows(count: int) -> list[int]:
 def _rows(source: Source, path: Path) -> Iterator[tuple[Part | None, Row | Problem]]:
     if path.exists():
         inner = path / "data"
-        files = part_files(inner if inner.is_dir() and not _has_parts(path) else path)
+        folder = inner if inner.is_dir() and not _has_parts(path) else path
+        files = part_files(folder, roots=source.roots)
         for file in files:
             for row in rows_of(file, _COLUMNS):
                 yield part_of(file), row
@@ -111,7 +112,7 @@ def _example(row: Row | Problem, part: Part | None, images: Images) -> Example |
         question=question,
         answers=(answer,),
         question_type=_type(fields["question_class"]),
-        group=name,
+        group=f"kvasir/{name}",
         split=part,
         stage=complexity,
         place=row.place,

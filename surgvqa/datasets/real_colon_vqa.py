@@ -18,7 +18,7 @@ from pathlib import Path
 from surgvqa.datasets import Example, Problem
 from surgvqa.datasets.clips import chosen, first_of
 from surgvqa.datasets.files import Row, jsonl_rows, kind_of
-from surgvqa.datasets.images import Images
+from surgvqa.datasets.images import Images, leading_out
 from surgvqa.datasets.tables import PARTS, Fields
 from surgvqa.recipe import BadInput, Part, Source
 
@@ -36,6 +36,8 @@ def read(source: Source) -> Iterator[Example | Problem]:
     """
     path = Path(source.path or ".")
     files = _files(path)
+    if path.is_dir() and (out := leading_out(files, path, source.roots)):
+        raise BadInput(out)
     folder = path if path.is_dir() else path.parent
     images = Images(folder.parent if folder.name == "annotations" else folder, source.roots)
     used: set[str] = set()

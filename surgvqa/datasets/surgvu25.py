@@ -18,7 +18,7 @@ from pathlib import Path
 from surgvqa.datasets import Example, ImageRef, Problem
 from surgvqa.datasets.clips import chosen, first_of
 from surgvqa.datasets.files import as_text, kind_of
-from surgvqa.datasets.images import Images
+from surgvqa.datasets.images import Images, leading_out
 from surgvqa.recipe import BadInput, Source
 
 _LONGEST = 2**20
@@ -36,6 +36,9 @@ def read(source: Source) -> Iterator[Example | Problem]:
     if not any(files.values()):
         found = "no such folder" if not root.is_dir() else "holds no case*/case*_question.json"
         raise BadInput(f"{root}: {found}, so it is no SURGVU25_cat_2_sample_set_public")
+    jsons = (entry.glob("*.json") for entry, questions in files.items() if questions)
+    if out := leading_out((*files, *itertools.chain.from_iterable(jsons)), root, source.roots):
+        raise BadInput(out)
     for entry, questions in files.items():
         if not questions:
             yield Problem(str(entry), f"is no folder with {entry.name}_question.json")

@@ -25,7 +25,7 @@ from surgvqa.datasets.files import (
     open_parquet,
     rows_of,
 )
-from surgvqa.datasets.images import Images
+from surgvqa.datasets.images import Images, leading_out
 from surgvqa.recipe import BadInput, Part, Source
 
 __all__ = ["Fields", "Images", "Row", "as_text", "csv_rows", "encoded", "open_parquet", "part_files", "read"]
@@ -44,7 +44,7 @@ def read(source: Source) -> Iterator[Example | Problem]:
 
     Raises BadInput where there is no such file.
     """
-    for file in part_files(Path(source.path or ".")):
+    for file in part_files(Path(source.path or "."), roots=source.roots):
         needed, wanted = columns(source, NEEDED, OPTIONAL)
         rows = rows_of(file, needed, wanted, needed[0])
         images = Images(file.parent, source.roots)
@@ -87,7 +87,7 @@ def unknown_columns(place: str, mapped: Mapping[str, str], seen: Mapping[str, No
         )
 
 
-def part_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+def part_files(path: Path, suffixes: Sequence[str] = SUFFIXES, *, roots: Sequence[str] = ()) -> list[Path]:
     """The file, or the files of a folder that are named for a part, all of one kind. Raises BadInput."""
     if path.is_file():
         if path.suffix.lower() not in suffixes:
@@ -98,6 +98,8 @@ def part_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
         raise BadInput(f"{path}: {what}; give a table ({', '.join(suffixes)}) or a folder of them")
     files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in suffixes]
     parts = [file for file in files if part_of(file)]
+    if out := leading_out(parts, path, roots):
+        raise BadInput(out)
     if wrong := [str(file) for file in parts if not file.is_file()]:
         raise BadInput(f"{', '.join(wrong)}: is named as a table, but is not a file")
     if not parts:
@@ -296,7 +298,7 @@ def region(value: object, images: int = 1) -> Region:
     if unknown := sorted(map(str, extra.keys() - {"box", "label", "image"})):
         raise ValueError(f"has the key {unknown[0]}; a box may have box, label and image")
     numbers, image = extra.get("box"), extra.get("image")
-    if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(_number, numbers)):
+    if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(is_coordinate, numbers)):
         raise ValueError("is no box; it must be four numbers, [x1, y1, x2, y2]")
     image = 0 if image is None else image
     if type(image) is not int or not 0 <= image < max(images, 1):
@@ -311,6 +313,6 @@ def region(value: object, images: int = 1) -> Region:
     return Region(box, as_text(extra.get("label")), image, relative)
 
 
-def _number(value: object) -> bool:
+def is_coordinate(value: object) -> bool:
     """Whether it is a coordinate: not NaN, and not beyond what an image could have."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9

@@ -25,8 +25,8 @@ def test_18(tmp_path: Path, labels: str) -> None:
     assert [len(dataset.part(part)) for part in ("train", "val", "test")] == [22, 0, 6]
     organ, state = dataset.examples[:2]
     # Pixels 1 to 1280, both inclusive, are the whole width: from edge 0 to edge 1280.
-    assert organ.regions == (Region((0, 0, 1280, 1024)),)
-    assert state.regions == (Region((640, 512, 960, 1000)),)
+    assert organ.regions == (Region((0, 0, 1280, 1024), of=(1280, 1024)),)
+    assert state.regions == (Region((640, 512, 960, 1000), of=(1280, 1024)),)
     assert (state.answers, state.question_type, state.group) == (("Idle",), "state", "endovis18/seq_1")
     assert len(state.labels) == 18
 

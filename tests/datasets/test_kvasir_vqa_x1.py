@@ -59,9 +59,9 @@ def check(dataset: Dataset) -> None:
     assert [
         (e.id, e.split, e.image_key, e.group, e.stage, e.question_type) for e in dataset.part("train")[:3]
     ] == [
-        ("train:1", "train", "p0", "p0", 1, "polyp_type"),
-        ("train:2", "train", "p1", "p1", 2, "combined_2"),
-        ("train:3", "train", "p2", "p2", 3, "combined_3"),
+        ("train:1", "train", "p0", "kvasir/p0", 1, "polyp_type"),
+        ("train:2", "train", "p1", "kvasir/p1", 2, "combined_2"),
+        ("train:3", "train", "p2", "kvasir/p2", 3, "combined_3"),
     ]
     assert [len(dataset.part(part)) for part in ("train", "val", "test")] == [6, 0, 4]
     assert dataset.part("test")[0].answers == ("answer 6",)

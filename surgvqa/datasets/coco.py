@@ -101,6 +101,7 @@ class _File:
                 return
         names: dict[object, str] = {}
         files: dict[object, str] = {}
+        hurt: set[object] = set()
         for key, field, known in (("categories", "name", names), ("images", "file_name", files)):
             for number, row in enumerate(content[key], start=1):
                 try:
@@ -108,18 +109,22 @@ class _File:
                         raise ValueError(f"has the id {row['id']!r} of another")
                     known[row["id"]] = _text(row, field)
                 except ValueError as error:
-                    yield Problem(f"{self._file}: {key} {number}", str(error))
-        regions: dict[object, list[Region]] = {image: [] for image in files}
+                    if key == "images" and isinstance(row, dict) and isinstance(row.get("id"), (int, str)):
+                        hurt.add(row["id"])
+                    # All questions name the categories.
+                    where = f"{self._file}: {key} {number}"
+                    yield Problem(where, str(error), whole=key == "categories")
+        regions: dict[object, list[Region]] = {image: [] for image in (*files, *hurt)}
         crowded: set[object] = set()
-        hurt: set[object] = set()
         for number, row in enumerate(content["annotations"], start=1):
             image = None
             try:
-                image = _id(row, "image_id", files)
+                image = _id(row, "image_id", regions)
                 region = Region(_box(row), names[_id(row, "category_id", names)])
             except ValueError as error:
                 hurt.add(image)
-                yield Problem(f"{self._file}: annotations {number}", str(error))
+                # Of an image that is not known, any may lack this box.
+                yield Problem(f"{self._file}: annotations {number}", str(error), whole=image is None)
                 continue
             if row.get("iscrowd"):
                 crowded.add(image)

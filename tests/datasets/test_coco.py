@@ -242,3 +242,22 @@ def test_real_tbx11k(shared: Path) -> None:
         recipe.load(RECIPE, [f"data.path={shared / 'tbx11k'}", "model.name=tiny-qwen3-vl"])
     )
     assert [str(problem) for problem in audit.problems if not problem.warning] == []
+
+
+def test_what_can_be_skipped(tmp_path: Path) -> None:
+    """An image by itself; not a category, which all questions name, nor a box that may be any image's."""
+    file = write(tmp_path / "train.json", FOUND, NOTHING, below="")
+    good = json.loads(file.read_text())
+    for key, change, whole in (
+        ("images", {"file_name": ""}, False),
+        ("categories", {"name": ""}, True),
+        ("annotations", {"image_id": 9}, True),
+        ("annotations", {"bbox": None}, False),
+    ):
+        rows = [good[key][0] | change, *good[key][1:]]
+        file.write_text(json.dumps({**good, key: rows}))
+        dataset = load("coco", file)
+        assert any(problem.whole for problem in dataset.problems) == whole, (key, change)
+        if not whole:
+            assert len(dataset.problems) == 1
+            assert [e.image_key for e in dataset.examples] == [NOTHING[0]]

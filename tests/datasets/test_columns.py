@@ -321,6 +321,17 @@ def test_real_boxes() -> None:
     assert not any(e.regions[0].relative for e in grounded)
 
 
+def test_a_quotation_mark_that_takes_further_rows_with_it(folder: Path) -> None:
+    """Those cannot be skipped as one bad row; a record of one line can."""
+    rows = "".join(f'a.png,"Question {number}?",yes\n' for number in range(5))
+    for bad, whole in (('a.png,"Q?,yes\n', True), ('a.png,"Q"?,yes\n', False), ("a.png,Q?\n", False)):
+        (folder / "train.csv").write_text(f"image,question,answer\n{bad}{rows}")
+        dataset = load("csv", folder / "train.csv")
+        (problem,) = dataset.problems
+        assert problem.place.endswith("train.csv:2")
+        assert (problem.whole, len(dataset.examples) == 5) == (whole, not whole), bad
+
+
 # ---- hub data sets ------------------------------------------------------------------------------------
 
 

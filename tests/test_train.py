@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, TOPICS, write_jsonl
+from conftest import FAMILIES, TOPICS, noise_image, write_jsonl
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
@@ -369,7 +369,6 @@ def test_prompts_are_checked_with_the_data(settings: Any, caplog: pytest.LogCapt
 
 def test_the_banner_of_the_full_resolution_recipe(tmp_path: Path) -> None:
     """41,079 training questions, 16 per step, 3 epochs."""
-    from conftest import noise_image
 
     from surgvqa import processes
     from surgvqa.banner import banner
@@ -515,9 +514,10 @@ def test_a_corpus_brings_its_labels(settings: Any, tmp_path: Path) -> None:
 
 
 def test_a_corpus_that_is_all_test_is_evaluated(settings: Any, tmp_path: Path) -> None:
-    image = next(Path(settings().data.path).parent.glob("*.png"))
+    frame = io.BytesIO()
+    noise_image(1280, 1024, 1).save(frame, "PNG")
     for name, content in {
-        "left_frames/seq1_frame001.png": image.read_bytes(),
+        "left_frames/seq1_frame001.png": frame.getvalue(),
         "vqla/label/seq1_frame001.txt": b"What organ is being operated?|kidney|1,1,1280,1024\n",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True)

@@ -60,7 +60,7 @@ def show(
             f"--epoch {epoch}: only the images of train differ by epoch, from 0 on, where the recipe has "
             "image.augment: endoscopy"
         )
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, evaluated=None if part == "train" else [part])
     questions = prepared.questions(part)
     trees = trees_of(questions.image)
     if not 0 <= index < len(trees):

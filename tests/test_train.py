@@ -28,6 +28,7 @@ from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput, Log
 from surgvqa.replay import replay
 from surgvqa.run import Records, resumable
+from surgvqa.show import show
 
 RECIPE = """
 model: {name: tiny-qwen3-vl, tune: full, train_vision: true, train_merger: true}
@@ -525,6 +526,8 @@ def test_a_corpus_that_is_all_test_is_evaluated(settings: Any, tmp_path: Path) -
     external = ["data.format=endovis17_vqla", f"data.path={tmp_path}"]
     with pytest.raises(BadInput, match="train: holds no questions"):
         train.train(settings(*external))
+    show(settings(*external), "test", 0, tmp_path / "shown", terminal.Console(quiet=True))
+    assert (tmp_path / "shown/canvas-0.png").is_file()
     scores = evaluate.evaluate(train.train(settings()), "test", external)
     assert scores["overall"]["n"] == 1
 

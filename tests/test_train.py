@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from surgvqa import checkpoint, evaluate, flops, hub, metrics, model, recipe, train, tree
+from surgvqa import checkpoint, evaluate, flops, hub, metrics, model, recipe, terminal, train, tree
 from surgvqa.endings import StorageFailure
 from surgvqa.memory import Fit
 from surgvqa.plan import trees_of

@@ -106,6 +106,10 @@ def load_and_audit(
         progress=progress,
     )
     dataset = found.kept(dataset)
+    final = recipe.eval.final
+    if evaluated is None and final and dataset.examples and not dataset.part(final):
+        what = f"the {final} part holds no questions: there will be no final scores; set another, or null"
+        found = replace(found, problems=[*found.problems, Problem("eval.final", what, warning=True)])
     evaluated = recipe.eval.parts if evaluated is None else evaluated
     problems = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
     if recipe.batch.order == "stages":

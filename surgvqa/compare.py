@@ -150,6 +150,8 @@ def compare(
 
 
 def _load(path: Path, split: str | None) -> tuple[Run, list[Prediction]]:
+    if not path.exists():
+        raise BadInput(f"{path}: no such run")
     if path.is_file():
         file, told = path, {}
     else:
@@ -159,7 +161,11 @@ def _load(path: Path, split: str | None) -> tuple[Run, list[Prediction]]:
         if not file.is_file() or split not in (None, told.get("split")):
             part = f" on {split}" if split else ""
             option = f" --split {split}" if split else ""
-            raise BadInput(f"{path}: holds no predictions{part}; run `surgvqa evaluate {path}{option}` first")
+            others = sorted(other.name.split(".")[1] for other in path.glob("predictions.*.jsonl"))
+            there = f", or compare with --split {' or '.join(others)}" if others else ""
+            raise BadInput(
+                f"{path}: holds no predictions{part}; run `surgvqa evaluate {path}{option}` first{there}"
+            )
     rows = read(file)
     if not rows:
         raise BadInput(f"{file}: holds no predictions")

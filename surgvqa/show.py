@@ -63,6 +63,8 @@ def show(
     prepared = prepare(recipe, evaluated=None if part == "train" else [part])
     questions = prepared.questions(part)
     trees = trees_of(questions.image)
+    if not trees:
+        raise BadInput(f"--split {part}: holds no questions")
     if not 0 <= index < len(trees):
         raise BadInput(f"--index {index}: {part} has {len(trees)} images, 0 to {len(trees) - 1}")
     chosen = trees[index][: recipe.batch.questions_per_image]

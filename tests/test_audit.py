@@ -124,6 +124,24 @@ def test_empty_parts(tmp_path: Path) -> None:
     ]
 
 
+def test_an_empty_final_part_is_told_of(tmp_path: Path) -> None:
+    """A run would end without a score."""
+    assert "eval.final: the val part holds" not in "".join(
+        labelled(tmp_path, "eval.final=val", "eval.every=null")
+    )
+    rows = [line for line in (tmp_path / "q.jsonl").read_text().splitlines() if '"val"' not in line]
+    (tmp_path / "q.jsonl").write_text("\n".join(rows))
+    text = f"""
+model: {{name: tiny-qwen3-vl}}
+data: {{format: jsonl, path: {tmp_path / "q.jsonl"}}}
+image: {{size: 96}}
+eval: {{final: val}}
+output: runs/x
+"""
+    _, result = load_and_audit(recipe.parse(text))
+    assert "warning: eval.final: the val part holds no questions" in report(result.problems)
+
+
 def test_images_in_two_parts(build: Builder) -> None:
     for number in range(7):
         build.add(f"{number}.png", "train")

@@ -240,7 +240,10 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a", answered(1, 0.5))
     assert cli.main(["compare", str(a), str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
-    assert "holds no predictions" in capsys.readouterr().err
+    assert "none: no such run" in capsys.readouterr().err
+    other = write(tmp_path / "other", answered(1, 0.5), "val", ".val")
+    assert cli.main(["compare", str(a), str(other), "--out", str(tmp_path / "out")]) == 2
+    assert "first, or compare with --split val" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (a / "scores.json").write_text("[" * 100_000)
     assert cli.main(["compare", str(a), str(a), "--out", str(tmp_path / "out")]) == 0

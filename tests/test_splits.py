@@ -217,7 +217,7 @@ def test_a_file_that_is_no_frozen_split(tmp_path: Path) -> None:
         (out, json.dumps({**good, "train": [1]}), "train.0: Input should be a valid string"),
         (out, json.dumps({**good, "tset": []}), "tset: Extra inputs are not permitted"),
         (out, json.dumps(twice), f"{good['train'][0]!r} is in train and again in val"),
-        (tmp_path / "gone.json", None, "No such file"),
+        (tmp_path / "gone.json", None, "does not exist; `surgvqa split RECIPE --out"),
         (tmp_path, None, "it is not a file"),
         (tmp_path / "pipe", None, "it is not a file"),
     ]:
@@ -225,8 +225,17 @@ def test_a_file_that_is_no_frozen_split(tmp_path: Path) -> None:
             path.write_text(text)
         with pytest.raises(BadInput) as caught:
             load("jsonl", file, by="frozen", split={"path": str(path)})
-        assert caught.value.problems[0].startswith(f"data.split.path: {path}: not a split")
+        assert caught.value.problems[0].startswith(f"data.split.path: {path}: ")
         assert said in caught.value.problems[0]
+
+
+def test_what_is_skipped_is_not_frozen(tmp_path: Path) -> None:
+    file, out = table(tmp_path / "data", groups=10), tmp_path / "splits.json"
+    file.write_text(file.read_text() + "{\n")
+    assert freeze(file, out, "data.split.by=group") == 2
+    assert freeze(file, out, "data.split.by=group", "data.on_error=skip") == 0
+    frozen = {"path": str(out)}
+    assert load("jsonl", file, by="frozen", split=frozen, on_error="skip").part("train")
 
 
 def test_the_audit_knows_what_a_frozen_split_keeps_together(tmp_path: Path) -> None:

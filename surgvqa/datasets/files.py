@@ -133,7 +133,7 @@ def jsonl_rows(file: Path) -> Iterator[Row | Problem]:
             place = f"{file}:{number}"
             decoder = _Decoder()
             try:
-                value = decoder.decode(line.decode())
+                value = decoder.decode(line.rstrip(b"\r\n").decode())
             except UnicodeDecodeError:
                 yield Problem(place, "is not UTF-8 text")
             except json.JSONDecodeError as error:

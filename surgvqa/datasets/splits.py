@@ -90,10 +90,11 @@ def freeze(data: Data) -> Frozen:
     """The split that a recipe's `data` has now, whatever `data.stages` takes of it.
 
     An official one is frozen by group where no group is in two parts, else by image. Raises BadInput where
-    the data has errors, or an image is in two parts.
+    the data has errors that `data.on_error` does not skip, or an image is in two parts.
     """
     dataset = datasets.load(data.model_copy(update={"stages": None}))
-    if errors := [str(problem) for problem in dataset.problems if not problem.warning]:
+    skip = data.on_error == "skip"
+    if errors := [str(each) for each in dataset.problems if not each.warning and (each.whole or not skip)]:
         raise BadInput(errors)
     kind = unit(data.split)
     units: list[Unit] = ["image"] if kind == "image" else ["group"] if kind == "group" else ["group", "image"]
@@ -207,6 +208,10 @@ def _read(path: str) -> tuple[Frozen, dict[str, Part]]:
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}" for one in error.errors()]
         why = "; ".join(wrong)
+    except FileNotFoundError:
+        raise BadInput(
+            f"data.split.path: {path}: does not exist; `surgvqa split RECIPE --out {path}` writes it"
+        ) from None
     except OSError as error:
         why = error.strerror or str(error)
     except ValueError as error:

@@ -116,7 +116,7 @@ class Setting:
         ]
         canvases = {
             str(path): letterbox.plan_canvas(
-                letterbox.source_size(path.read_bytes()),
+                letterbox.header(path.read_bytes()).size,
                 mode="letterbox",
                 size=self.canvas,
                 max_tokens=0,

@@ -106,16 +106,21 @@ def load_and_audit(
         progress=progress,
     )
     dataset = found.kept(dataset)
-    final = recipe.eval.final
-    if evaluated is None and final and dataset.examples and not dataset.part(final):
-        what = f"the {final} part holds no questions: there will be no final scores; set another, or null"
-        found = replace(found, problems=[*found.problems, Problem("eval.final", what, warning=True)])
+    problems = [*_final(recipe, dataset)] if evaluated is None else []
     evaluated = recipe.eval.parts if evaluated is None else evaluated
-    problems = [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
+    problems += [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
     if recipe.batch.order == "stages":
         problems += _unstaged(dataset)
     problems = sorted([*found.problems, *problems], key=lambda problem: problem.warning)
     return dataset, replace(found, problems=problems)
+
+
+def _final(recipe: Recipe, dataset: Dataset) -> Iterator[Problem]:
+    """A part to evaluate at the end that has nothing to evaluate."""
+    final = recipe.eval.final
+    if final and dataset.examples and not dataset.part(final):
+        what = f"the {final} part holds no questions: there will be no final scores; set another, or null"
+        yield Problem("eval.final", what, warning=True)
 
 
 def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) -> Iterator[Problem]:

@@ -247,11 +247,6 @@ def header(source: bytes | BinaryIO) -> Header:
     return Header(size, str(image.format), image.mode, turn is not None)
 
 
-def source_size(data: bytes) -> Size:
-    """`header(data).size`."""
-    return header(data).size
-
-
 def open_rgb(data: bytes) -> Image.Image:
     """Decode completely, turn as EXIF says, and convert to RGB as a viewer would show it.
 

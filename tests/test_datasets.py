@@ -20,12 +20,7 @@ from surgvqa.datasets import Dataset, Example, Problem, tables
 OTHER_PIXEL = PIXEL[:-4] + b"\xff\0\0\0"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the copies that `datasets` makes out of the user's cache."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("hub_cache")
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from surgvqa.letterbox import (
     Rectangle,
     draw,
     find_picture,
+    header,
     open_rgb,
     plan_canvas,
     snap,
-    source_size,
 )
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
@@ -345,7 +345,7 @@ def test_patches_are_those_of_the_processor(patch: int, mean: list[float] | None
 def pixels(data: bytes) -> np.ndarray:
     image = open_rgb(data)
     assert image.mode == "RGB"
-    assert source_size(data) == image.size
+    assert header(data).size == image.size
     return np.asarray(image).astype(int)
 
 
@@ -459,7 +459,7 @@ def png(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 10_000), (10_000, 9_500), (2**31 - 1, 2**31 - 1)])
 def test_bombs_are_refused_before_they_are_decoded(width: int, height: int) -> None:
-    for function in (open_rgb, source_size):
+    for function in (open_rgb, header):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with pytest.raises(ValueError, match=f"more than .*{MAX_PIXELS // 10**6} million"):
@@ -487,7 +487,7 @@ def test_bytes_that_are_no_image() -> None:
 
 def test_size_is_read_from_the_header_alone() -> None:
     jpeg = encode(Image.effect_noise((640, 480), 80), "JPEG")
-    assert source_size(jpeg[: len(jpeg) // 4]) == (640, 480)
+    assert header(jpeg[: len(jpeg) // 4]).size == (640, 480)
 
 
 def test_the_name_does_not_matter(tmp_path: Path) -> None:
@@ -524,7 +524,7 @@ def real(name: str) -> bytes:
 )
 def test_real_awkward_image(name: str, size: tuple[int, int]) -> None:
     image = open_rgb(real(name))
-    assert image.size == source_size(real(name)) == size
+    assert image.size == header(real(name)).size == size
     assert np.asarray(image).std() > 5  # not blank, not clipped to one value
     assert draw(image, letterbox(size, 256, 32), "black").size == (256, 256)
 

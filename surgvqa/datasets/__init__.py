@@ -13,9 +13,10 @@ can be read at all. Nothing is dropped silently; no image is opened here.
 from __future__ import annotations
 
 import importlib
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,12 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.what}"
+
+
+def type_of(question: str, forms: Mapping[str, str]) -> str:
+    """The question type of the first of `forms` (regular expression for how a question begins → type) that
+    fits, its case aside; else `other`."""
+    return next((kind for form, kind in forms.items() if re.match(form, question, re.IGNORECASE)), "other")
 
 
 @dataclass(frozen=True)

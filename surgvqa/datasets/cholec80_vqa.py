@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from surgvqa.datasets import Example, Problem
+from surgvqa.datasets import Example, Problem, type_of
 from surgvqa.datasets.frames import Corpus
 from surgvqa.recipe import Part, Source
 
@@ -70,4 +70,4 @@ def part(number: int) -> Part | None:
 def question_type(question: str) -> str:
     """By the three forms of question."""
     forms = {r"how many tools\b": "count", r"what is the phase\b": "phase", r"is .+ used in\b": "tool"}
-    return next((kind for form, kind in forms.items() if re.match(form, question, re.IGNORECASE)), "other")
+    return type_of(question, forms)

@@ -9,10 +9,9 @@ these three are `test` and there is no `val`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from surgvqa.datasets import Example, Problem
+from surgvqa.datasets import Example, Problem, type_of
 from surgvqa.datasets.frames import Corpus, there
 from surgvqa.recipe import Part, Source
 
@@ -85,4 +84,4 @@ def question_type(question: str) -> str:
         r"where is\b": "location",
         r"what tools?\b": "tools",
     }
-    return next((kind for form, kind in forms.items() if re.match(form, question, re.IGNORECASE)), "other")
+    return type_of(question, forms)

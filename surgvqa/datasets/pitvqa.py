@@ -10,10 +10,9 @@ are `test` and there is no `val` (PitVQA/dataloader.py, main.py).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from surgvqa.datasets import Example, Problem
+from surgvqa.datasets import Example, Problem, type_of
 from surgvqa.datasets.frames import Corpus
 from surgvqa.recipe import Part, Source
 
@@ -100,4 +99,4 @@ def _kind(question: str) -> str:
         r"what instrument\b": "instrument",
         r"where is\b": "position",
     }
-    return next((kind for form, kind in forms.items() if re.match(form, question, re.IGNORECASE)), "other")
+    return type_of(question, forms)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from surgvqa.datasets import Example, ImageRef, Problem
+from surgvqa.datasets import Example, ImageRef, Problem, type_of
 from surgvqa.datasets.clips import chosen, first_of
 from surgvqa.datasets.files import as_text, kind_of
 from surgvqa.datasets.images import Images, leading_out
@@ -116,4 +116,4 @@ def _type(question: str) -> str:
         r"(what|which)\b.*\b(organ|tissue|structure)": "organ",
         r"(what|which)\b.*\b(step|procedure|task|surgery|phase|purpose)": "procedure",
     }
-    return next((kind for form, kind in forms.items() if re.match(form, question, re.IGNORECASE)), "other")
+    return type_of(question, forms)

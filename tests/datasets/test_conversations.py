@@ -17,11 +17,7 @@ PIXEL = bytes.fromhex("424d1e000000000000001a0000000c000000010001000100180000ff0
 OTHER_PIXEL = PIXEL[:-4] + b"\xff\0\0\0"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("hub_cache")
 
 
 def image(folder: Path, name: str) -> str:

@@ -42,11 +42,7 @@ def _in_time() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets as hub_datasets
-
-    monkeypatch.setattr(hub_datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("hub_cache")
 
 
 def load(format: str, keys: dict[str, Any]) -> Dataset | BadInput:

@@ -136,7 +136,7 @@ def train(argv: Sequence[str]) -> int:
 
 def evaluate(argv: Sequence[str]) -> int:
     """Answer and score a part of a run's data with its best checkpoint."""
-    from surgvqa.evaluate import main
+    from surgvqa.evaluation import main
 
     return main(argv)
 
@@ -155,8 +155,8 @@ def compare(argv: Sequence[str]) -> int:
         "--out", type=Path, default=Path("compare"), help="folder to write into (default: compare)"
     )
     given = parser.parse_args(argv)
-    from surgvqa.compare import compare as compare_runs
-    from surgvqa.compare import show as show_comparison
+    from surgvqa.comparison import compare as compare_runs
+    from surgvqa.comparison import show as show_comparison
 
     try:
         show_comparison(compare_runs(given.run_a, given.run_b, given.split), given.out)

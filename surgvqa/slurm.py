@@ -7,13 +7,12 @@ ended, for the batch script.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from surgvqa import lock, recipe
 from surgvqa.endings import ENDED
 from surgvqa.recipe import BadInput
+from surgvqa.results import content, rows
 
 TRAIN, EVALUATE = Path("slurm/train.sbatch"), Path("slurm/evaluate.sbatch")
 PASSED_ON = ("time", "partition", "account", "qos", "mem", "cpus-per-task", "signal")
@@ -211,7 +211,7 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
     job = queue.get(str(owner["job"])) if owner and owner.get("job") else None
     if job is None:
         job = next((each for each in queue.values() if each.output == folder.resolve()), None)
-    ended = _read(folder / ENDED)
+    ended = content(folder / ENDED)
     if owner and owner["alive"]:
         state = "running"
     elif job and job.state == "PENDING":
@@ -220,7 +220,7 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
         state = job.state.lower()
     else:
         state = str(ended.get("name") or ("killed" if folder.is_dir() else "unknown"))
-    steps = _rows(folder / "metrics.jsonl")
+    steps = rows(folder / "metrics.jsonl")
     last = steps[-1] if steps else {}
     step = _number(last.get("step"))
     total = _total(folder, last)
@@ -287,13 +287,13 @@ def _total(folder: Path, last: dict[str, Any]) -> int | None:
 def _best(folder: Path) -> str:
     """The final score where there is one, and the best of those on the way."""
     told = []
-    scores = _read(folder / "scores.json")
+    scores = content(folder / "scores.json")
     overall = scores.get("overall")
     if isinstance(overall, dict) and (exact := _number(overall.get("exact"))) is not None:
         told.append(f"{scores.get('split', 'final')} {exact:.1%}")
-    rows = [row for row in _rows(folder / "eval.jsonl") if _number(row.get("exact")) is not None]
-    if rows:
-        top = max(rows, key=lambda row: float(row["exact"]))
+    known = [row for row in rows(folder / "eval.jsonl") if _number(row.get("exact")) is not None]
+    if known:
+        top = max(known, key=lambda row: float(row["exact"]))
         told.append(f"{top.get('split', 'val')} {top['exact']:.1%} at step {top.get('step', '?')}")
     return ", ".join(told)
 
@@ -302,36 +302,6 @@ def _number(value: object) -> float | None:
     """Text, NaN and what no run comes to are none."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if number and abs(value) < 1e15 else None  # type: ignore[arg-type]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where there is none, or only half of one."""
-    if not file.is_file():  # reading a pipe would wait for ever
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file."""
-    if not file.is_file():
-        return []
-    try:
-        lines: Iterable[str] = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def _short(folder: Path) -> str:
@@ -347,7 +317,7 @@ def main(argv: Sequence[str]) -> int:
         run = Path(recipe.load(words[0], words[1:]).output)
     except BadInput as error:
         return error.exit_code  # training says what is wrong
-    print(saved(run), _read(run / ENDED).get("name", "unknown"))
+    print(saved(run), content(run / ENDED).get("name", "unknown"))
     return 0
 
 

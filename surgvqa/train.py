@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from surgvqa import checkpoint, evaluate, hub, memory, metrics, model, processes, recipe
+from surgvqa import checkpoint, evaluation, hub, memory, metrics, model, processes, recipe
 from surgvqa.banner import banner
 from surgvqa.endings import Ending, NumericFailure, Preempted, Stop, leave_code
 from surgvqa.flops import Speed
@@ -198,7 +198,7 @@ def _train(
         nonlocal best, saved
         score = None
         if validation and (step % evaluate_every == 0 or step == total):
-            answers = evaluate.predict(
+            answers = evaluation.predict(
                 network, prepared, validation, accelerator=accelerator, compute=compute, stop=stop
             )
             result = metrics.scores(answers, prior)["overall"]
@@ -317,7 +317,7 @@ def _train(
             network = None
             accelerator.free_memory()
             network = prepared.network(folder).to(device)
-        evaluate.examine(
+        evaluation.examine(
             network,
             prepared,
             settings.eval.final,

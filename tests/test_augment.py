@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from conftest import noise_image, write_jsonl
 from PIL import Image
 
-from surgvqa import cli, evaluate, processes, recipe
+from surgvqa import cli, evaluation, processes, recipe
 from surgvqa.augment import MOST_LOST, Augmentation, Augmented, endoscopy
 from surgvqa.banner import banner
 from surgvqa.datasets import Region
@@ -248,7 +248,7 @@ def test_evaluation_and_the_memory_probe_see_plain_canvases(
         compute = processes.compute("fp32", "sdpa", accelerator.device)
         questions = prepared.questions("val", asked=True)
         network = prepared.network()
-        predicted = evaluate.predict(network, prepared, questions, accelerator=accelerator, compute=compute)
+        predicted = evaluation.predict(network, prepared, questions, accelerator=accelerator, compute=compute)
         return [prediction.answer for prediction in predicted]
 
     from surgvqa.loss import TreeLoss

@@ -16,14 +16,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
     "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "scan", "grounding",
-    "metrics", "intervals", "nlg", "scores", "compare", "audit", "hub", "findings", "tokens", "tree",
-    "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint", "decode", "prepare",
-    "evaluate", "banner", "lock", "run", "peers", "replay", "train", "show", "launch", "slurm", "cli",
+    "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "hub", "findings", "tokens",
+    "tree", "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint", "decode",
+    "prepare", "evaluation", "evaluate", "banner", "lock", "run", "peers", "replay", "train", "show",
+    "launch", "slurm", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
     "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "scan", "grounding", "metrics",
-    "scores", "compare", "audit", "hub", "findings", "launch", "slurm", "cli",
+    "scores", "results", "comparison", "audit", "hub", "findings", "launch", "slurm", "cli",
 ]  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_the_data_side_imports_no_torch(name: str) -> None:
 
 def test_libraries_of_scores_are_imported_where_they_are_used() -> None:
     heavy = "{'nltk', 'rouge_score', 'sacrebleu', 'scipy', 'sklearn', 'statsmodels', 'jinja2'}"
-    code = f"import sys, surgvqa.compare, surgvqa.cli; sys.exit(bool({heavy} & set(sys.modules)))"
+    code = f"import sys, surgvqa.comparison, surgvqa.cli; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from surgvqa import checkpoint, evaluate, flops, hub, metrics, model, recipe, terminal, train, tree
+from surgvqa import checkpoint, evaluation, flops, hub, metrics, model, recipe, terminal, train, tree
 from surgvqa.endings import StorageFailure
 from surgvqa.memory import Fit
 from surgvqa.plan import trees_of
@@ -237,7 +237,7 @@ def predictions(run: Path, name: str = "predictions.jsonl") -> list[dict[str, An
 def test_labels_are_chosen_during_training_and_at_its_end(
     settings: Any, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    monkeypatch.setattr(evaluate, "greedy", None)  # nothing is generated
+    monkeypatch.setattr(evaluation, "greedy", None)  # nothing is generated
     words = [f"model.name={family}", *closed(), "eval.every=2", "eval.final=test"]
     run = train.train(settings(*words))
     rows = predictions(run)
@@ -268,7 +268,7 @@ def test_evaluate_takes_labels_as_overrides(settings: Any) -> None:
                  "train.max_steps=1", "eval.final=test", "eval.max_new_tokens=3")
     )  # fmt: skip
     assert all("probabilities" not in row for row in predictions(run))
-    result = evaluate.evaluate(run, "val", closed())
+    result = evaluation.evaluate(run, "val", closed())
     assert result["overrides"] == closed()
     assert all(row["probabilities"] for row in predictions(run, "predictions.val.jsonl"))
 
@@ -528,7 +528,7 @@ def test_a_corpus_that_is_all_test_is_evaluated(settings: Any, tmp_path: Path) -
         train.train(settings(*external))
     show(settings(*external), "test", 0, tmp_path / "shown", terminal.Console(quiet=True))
     assert (tmp_path / "shown/canvas-0.png").is_file()
-    scores = evaluate.evaluate(train.train(settings()), "test", external)
+    scores = evaluation.evaluate(train.train(settings()), "test", external)
     assert scores["overall"]["n"] == 1
 
 

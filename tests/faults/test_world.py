@@ -225,7 +225,7 @@ def test_clocks_zones_and_file_times_do_not_matter(hurt: Make, reference: Path) 
 ANSWERS = """
 import json, sys
 from pathlib import Path
-from surgvqa import evaluate, metrics, processes, recipe
+from surgvqa import evaluation, metrics, processes, recipe
 from surgvqa.prepare import prepare
 
 def answers(file, words):
@@ -236,7 +236,7 @@ def answers(file, words):
         prepared = prepare(settings, accelerator, evaluated=["train"])
         network = prepared.network()
         for most in (1, 2, 3, 9, 23):
-            rows = evaluate.predict(
+            rows = evaluation.predict(
                 network, prepared, prepared.questions("train", most, asked=True),
                 accelerator=accelerator, compute=compute,
             )

@@ -15,7 +15,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from surgvqa import cli
-from surgvqa.compare import compare, holm
+from surgvqa.comparison import compare, holm
 from surgvqa.intervals import draws
 from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput
@@ -243,7 +243,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert "none: no such run" in capsys.readouterr().err
     other = write(tmp_path / "other", answered(1, 0.5), "val", ".val")
     assert cli.main(["compare", str(a), str(other), "--out", str(tmp_path / "out")]) == 2
-    assert "first, or compare with --split val" in capsys.readouterr().err
+    assert "first, or take --split val" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (a / "scores.json").write_text("[" * 100_000)
     assert cli.main(["compare", str(a), str(a), "--out", str(tmp_path / "out")]) == 0

@@ -20,6 +20,7 @@ import numpy as np
 from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, bootstrap, interval, p_value
 from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput, printable
+from surgvqa.results import choose, evaluations
 from surgvqa.scores import FEW, MARKS, Bucket, Scored, read
 
 SCHEMA = 1
@@ -152,37 +153,14 @@ def compare(
 def _load(path: Path, split: str | None) -> tuple[Run, list[Prediction]]:
     if not path.exists():
         raise BadInput(f"{path}: no such run")
-    if path.is_file():
-        file, told = path, {}
+    if path.is_dir():
+        found = choose(path, evaluations(path), split)
+        run, rows = Run(str(path), found.split, found.checkpoint), found.predictions
     else:
-        # A run's final part has the plain names; others have their own.
-        suffix = f".{split}" if split and (path / f"predictions.{split}.jsonl").is_file() else ""
-        file, told = path / f"predictions{suffix}.jsonl", _scores(path / f"scores{suffix}.json")
-        if not file.is_file() or split not in (None, told.get("split")):
-            part = f" on {split}" if split else ""
-            option = f" --split {split}" if split else ""
-            others = sorted(other.name.split(".")[1] for other in path.glob("predictions.*.jsonl"))
-            there = f", or compare with --split {' or '.join(others)}" if others else ""
-            raise BadInput(
-                f"{path}: holds no predictions{part}; run `surgvqa evaluate {path}{option}` first{there}"
-            )
-    rows = read(file)
+        run, rows = Run(str(path)), read(path)
     if not rows:
-        raise BadInput(f"{file}: holds no predictions")
-    return Run(str(path), told.get("split"), told.get("checkpoint")), rows
-
-
-def _scores(file: Path) -> dict[str, str]:
-    """Which part and checkpoint the predictions beside it are of; nothing where that cannot be read."""
-    if not file.is_file():  # nor a pipe, which would be waited for
-        return {}
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(told, dict):
-        return {}
-    return {key: told[key] for key in ("split", "checkpoint") if isinstance(told.get(key), str)}
+        raise BadInput(f"{path}: holds no predictions")
+    return run, rows
 
 
 def _same_questions(a: Run, b: Run, rows_a: Sequence[Prediction], rows_b: Sequence[Prediction]) -> None:

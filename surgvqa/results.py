@@ -1,0 +1,159 @@
+"""A run's folder as others read it: its recipe, its curves, what it answered and how that scored.
+
+    runs/exp1 ── load_run ──▶ Run: recipe, steps, validations, evaluations ── evaluation("test") ──▶ one
+
+Nothing is written here, and a run may be read while it goes on. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from surgvqa import recipe, scores
+from surgvqa.metrics import Prediction
+from surgvqa.recipe import BadInput, Part, Recipe
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The questions of a part as a model answered them, and how that scored."""
+
+    predictions_file: Path
+    scores_file: Path
+    scores: dict[str, Any] = field(repr=False)
+    """What scores.json holds, see docs/metrics.md; empty where there is none that can be read."""
+
+    @property
+    def split(self) -> str | None:
+        return self._text("split")
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Name of the checkpoint's folder; None for a model as it was published."""
+        return self._text("checkpoint")
+
+    @property
+    def variant(self) -> str:
+        """What was done to the images: "" nothing, `black`, `shuffle`, or a corruption such as `smoke:3`."""
+        return self._text("variant") or ""
+
+    @cached_property
+    def predictions(self) -> list[Prediction]:
+        """Raises BadInput with every line that is no prediction."""
+        return scores.read(self.predictions_file)
+
+    def _text(self, key: str) -> str | None:
+        value = self.scores.get(key)
+        return value if isinstance(value, str) else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run, or the evaluation of a published model, left in its folder."""
+
+    folder: Path
+    recipe: Recipe = field(repr=False)
+    steps: list[dict[str, Any]] = field(repr=False)
+    """The rows of metrics.jsonl: step, epoch, loss, lr, grad_norm, questions_per_s, seconds, …"""
+    validations: list[dict[str, Any]] = field(repr=False)
+    """The rows of eval.jsonl: step, split, n, exact, prior, …"""
+    evaluations: list[Evaluation]
+
+    def evaluation(self, split: str | None = None, variant: str = "") -> Evaluation:
+        """That of a part, by default the one the run is judged by. Raises BadInput where there is none."""
+        return choose(self.folder, self.evaluations, split, variant)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run's folder. Raises BadInput where it is none."""
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        raise BadInput(f"{folder}: no recipe.yaml here; give the output folder of a run")
+    return Run(
+        folder,
+        recipe.load(folder / "recipe.yaml"),
+        rows(folder / "metrics.jsonl"),
+        rows(folder / "eval.jsonl"),
+        evaluations(folder),
+    )
+
+
+def file_names(
+    part: Part, final: Part | None, checkpoint: str | None = None, variant: str = ""
+) -> tuple[str, str]:
+    """What an evaluation's predictions and scores are called.
+
+    What a run is judged by, `final` or else test, has the plain names; others name their part, a `checkpoint`
+    that was asked for by itself, and their variant.
+    """
+    named = (None if part == (final or "test") else part, checkpoint, variant.replace(":", "-"))
+    tag = "".join(f".{each}" for each in named if each)
+    return f"predictions{tag}.jsonl", f"scores{tag}.json"
+
+
+def evaluations(folder: Path) -> list[Evaluation]:
+    """All whose predictions lie in a folder, the one that the run is judged by first."""
+    files = sorted(folder.glob("predictions*.jsonl"), key=lambda file: (len(file.name), file.name))
+    found = []
+    for file in files:
+        told = folder / file.name.replace("predictions", "scores", 1).replace(".jsonl", ".json")
+        found.append(Evaluation(file, told, content(told)))
+    return [each for each in found if each.predictions_file.is_file()]
+
+
+def choose(
+    folder: Path, among: Sequence[Evaluation], split: str | None = None, variant: str = ""
+) -> Evaluation:
+    """The evaluation of a part (see `Run.evaluation`), by the checkpoint that the run chose itself."""
+    judged_by = file_names("test", "test", variant=variant)[0]
+    for each in among:  # those with the shortest names come first
+        asked_by_itself = each.checkpoint and each.checkpoint in each.predictions_file.name
+        right = each.split == split if split else each.predictions_file.name == judged_by
+        if right and each.variant == variant and not asked_by_itself:
+            return each
+    options = "".join([f" --split {split}" if split else "", f" --{_option(variant)}" if variant else ""])
+    others = sorted({each.split for each in among if each.split and each.variant == variant})
+    there = f", or take {' or '.join(f'--split {other}' for other in others)}" if others else ""
+    raise BadInput(
+        f"{folder}: holds no predictions{f' on {split}' if split else ''}; run "
+        f"`surgvqa evaluate {folder}{options}` first{there}"
+    )
+
+
+def _option(variant: str) -> str:
+    return f"corrupt {variant}" if ":" in variant else f"ablate {variant}"
+
+
+def content(file: Path) -> dict[str, Any]:
+    """A JSON file's object; empty where there is none, or only half of one."""
+    if not file.is_file():  # reading a pipe would wait for ever
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; none where there is none."""
+    if not file.is_file():
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found

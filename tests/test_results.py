@@ -71,5 +71,5 @@ def test_what_is_not_there_is_said_with_the_command(run: Path) -> None:
         load_run(run).evaluation("test", "blur:2")
     with pytest.raises(BadInput, match=r"run `surgvqa evaluate \S+ --ablate black` first"):
         load_run(run).evaluation(variant="black")
-    with pytest.raises(BadInput, match="no recipe.yaml here"):
+    with pytest.raises(BadInput, match=r"no recipe\.yaml here"):
         load_run(run / "none")

@@ -110,7 +110,12 @@ def load_and_audit(
     evaluated = recipe.eval.parts if evaluated is None else evaluated
     problems += [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
     if recipe.batch.order == "stages":
-        problems += _unstaged(dataset)
+        problems += _unstaged(dataset.part("train"), "batch.order: stages")
+    if recipe.train.cascade:
+        problems += _unstaged(dataset.part("train"), "train.cascade")
+    if recipe.eval.cascade != "none":
+        asked = [example for part in sorted(evaluated) for example in dataset.part(part)]
+        problems += _unstaged(asked, f"eval.cascade: {recipe.eval.cascade}")
     problems = sorted([*found.problems, *problems], key=lambda problem: problem.warning)
     return dataset, replace(found, problems=problems)
 
@@ -145,11 +150,11 @@ def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) 
                 yield Problem(place, f"holds the special token {token}, which would break the conversation")
 
 
-def _unstaged(dataset: Dataset) -> Iterator[Problem]:
-    """Training questions that an order by stages has no place for."""
-    for example in dataset.part("train"):
+def _unstaged(examples: Iterable[Example], key: str) -> Iterator[Problem]:
+    """Questions that what goes by stages has no place for."""
+    for example in examples:
         if example.stage is None:
-            yield Problem(example.place, "has no stage, which batch.order: stages needs")
+            yield Problem(example.place, f"has no stage, which {key} needs")
 
 
 def closed_set(recipe: Recipe, example: Example) -> Sequence[str]:

@@ -1,13 +1,19 @@
-"""Checkpoint + part of the data → predictions.jsonl and scores.json."""
+"""A model + part of the data → predictions.jsonl and scores.json.
+
+run, checkpoint or published model ── opened ──▶ Source
+questions ── answered, some images' at a time ──▶ kept on disk, so that a killed evaluation goes on
+          ── scored ──▶ predictions.jsonl, scores.json
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +23,95 @@ from accelerate.utils import gather_object
 from rich.progress import Progress
 from rich.table import Table
 
-from surgvqa import checkpoint, grounding, processes, recipe, scores
+from surgvqa import checkpoint, corrupt, datasets, grounding, processes, recipe, results, scores
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
-from surgvqa.endings import PeerLost, Preempted, Stop
+from surgvqa.endings import Ending, Preempted, Stop, leave_code
 from surgvqa.metrics import Prediction
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import Compute, main_first
-from surgvqa.recipe import BadInput, Part
+from surgvqa.recipe import BadInput, Part, Recipe
 from surgvqa.terminal import Console
 from surgvqa.tree import Pack, Questions, packs, workers_watched
 
 log = logging.getLogger("surgvqa")
 
 _TREES_AT_ONCE = 16
-"""Trees per process that are shared out together; then the processes ask each other whether to stop."""
+"""Trees per process that are shared out together; then the processes tell each other their answers, and
+whether to stop."""
+
+ABLATIONS = ("black", "shuffle")
 
 Probabilities = dict[str, float] | None
 """Label → probability among the labels; None where the model wrote its answer."""
+Answers = dict[int, tuple[str, Probabilities]]
+"""Number of a question → its answer as it was written."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be evaluated, and where the results go."""
+
+    settings: Recipe
+    run: Path
+    """Folder of predictions and scores."""
+    checkpoint: Path | None
+    """None: the model as it was published."""
+    by_itself: bool = False
+    """Whether that checkpoint was asked for, and not a run."""
+    overrides: tuple[str, ...] = ()
+    """Recipe keys that were changed for it, which the scores record."""
+
+
+def opened(
+    source: str | Path,
+    *,
+    recipe_file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+) -> Source:
+    """Find what `source` means: a run's folder (its best checkpoint, else its newest), a checkpoint's, or a
+    model's name or folder.
+
+    A checkpoint brings the recipe that it was trained with; a model is asked as `recipe_file` says, and
+    what comes of it goes to a folder of its own beside that recipe's. Raises BadInput where there is no such
+    thing, or it is not whole.
+    """
+    folder = Path(source)
+    by_itself = (folder / checkpoint.MANIFEST).exists()
+    trained = by_itself or (folder / "recipe.yaml").exists()
+    if trained and recipe_file:
+        raise BadInput(f"--recipe is for a model as it was published; {folder} brings its own recipe")
+    if trained:
+        chosen = folder if by_itself else checkpoint.chosen(folder)
+        if by_itself and (problems := checkpoint.verify(folder)):
+            raise BadInput(f"{folder}: {problem}" for problem in problems)
+        settings = checkpoint.recipe_of(chosen, overrides)
+        home = folder.parent.parent if by_itself else folder
+        if by_itself and output is None and not (home / "recipe.yaml").is_file():
+            raise BadInput(f"{folder} does not lie in a run's folder; say where the results go with --out")
+        run = Path(output) if output else home
+        return Source(settings, run, chosen, by_itself and output is None, tuple(overrides))
+    if recipe_file is None:
+        what = "holds neither a run nor a checkpoint" if folder.is_dir() else "is no run's folder"
+        raise BadInput(
+            f"{source} {what}; to evaluate a model as it was published, name the data with --recipe, e.g. "
+            "--recipe recipes/exp1_768.yaml"
+        )
+    name = str(source)
+    settings = recipe.load(recipe_file, [f"model.name={json.dumps(name)}", "model.adapter=null", *overrides])
+    if settings.model.revision and not any(each.startswith("model.revision=") for each in overrides):
+        told = recipe.load(recipe_file)
+        if told.model.name != name:  # the revision is of the recipe's own model
+            settings = replaced(settings, "model.revision=null")
+    run = Path(output) if output else Path(f"{settings.output.rstrip('/')}-{Path(name).name}")
+    return Source(replaced(settings, f"output={json.dumps(str(run))}"), run, None, overrides=tuple(overrides))
+
+
+def replaced(settings: Recipe, *overrides: str) -> Recipe:
+    return recipe.parse(settings.dump(), overrides)
 
 
 def predict(
@@ -47,16 +122,75 @@ def predict(
     accelerator: Accelerator,
     compute: Compute,
     stop: Stop | None = None,
-    advance: Callable[[int], None] = lambda done: None,
 ) -> list[Prediction]:
-    """Answer every question once, by all processes together; the same list, in order, on each of them.
+    """Answer every question once, by all processes together; the same list, in order, on each of them."""
+    chunks = answered(network, prepared, questions, accelerator=accelerator, compute=compute, stop=stop)
+    return _predictions(prepared, questions, {number: a for chunk in chunks for number, a in chunk.items()})
 
-    A question that has labels gets the most probable one (of equals the first) and their probabilities.
-    `advance` is called with the number of questions of each finished micro-batch of this process.
+
+def answered(
+    network: Any,
+    prepared: Prepared,
+    questions: Questions,
+    *,
+    accelerator: Accelerator,
+    compute: Compute,
+    stop: Stop | None = None,
+    known: Answers | None = None,
+) -> Iterator[Answers]:
+    """The answers that are not `known` yet, some at a time, the same on every process; each question once.
+
+    A question that has labels gets the most probable one (of equals the first) and their probabilities. In a
+    cascade all of a stage are answered before the next is asked. Raises Preempted, on all processes, behind
+    a share of the answers, where any was asked to stop.
     """
-    settings, world, device = prepared.recipe, accelerator.num_processes, accelerator.device
-    plan = prepared.plan(questions)
-    groups = trees_of(plan.image) if plan.trees else [[question] for question in range(len(questions))]
+    told: Answers = dict(known or {})
+    was_training = network.training
+    network.eval()
+    try:
+        for posed, numbers in _stages(prepared, questions, told):
+            left = [place for place, number in enumerate(numbers) if number not in told]
+            for chunk in _by_chunks(network, prepared, posed, left, accelerator, compute):
+                shares = gather_object([({numbers[p]: answer for p, answer in chunk.items()}, bool(stop))])
+                found = {number: answer for share, _ in shares for number, answer in share.items()}
+                told |= found
+                yield found
+                if any(asked for _, asked in shares) and len(told) < len(questions):
+                    raise Preempted("stopped while answering questions; the same command goes on")
+    finally:
+        network.train(was_training)
+
+
+def _stages(prepared: Prepared, questions: Questions, told: Answers) -> Iterator[tuple[Questions, list[int]]]:
+    """What is to be asked at a time, with each question's number; `told` grows in between."""
+    examples = questions.examples
+    if prepared.recipe.eval.cascade != "answers":
+        yield questions, [*range(len(questions))]
+        return
+    for stage in sorted({example.stage or 0 for example in examples}):
+        texts = {
+            examples[number].id: prepared.chat.unspecial(_read(prepared, examples[number], *answer)[0])
+            for number, answer in told.items()
+        }
+        numbers = [number for number, example in enumerate(examples) if (example.stage or 0) == stage]
+        in_context = datasets.in_context(examples, texts)
+        posed = prepared.posed([in_context[number] for number in numbers])
+        yield posed.shown(questions.instead, questions.change), numbers
+
+
+def _by_chunks(
+    network: Any,
+    prepared: Prepared,
+    questions: Questions,
+    left: Sequence[int],
+    accelerator: Accelerator,
+    compute: Compute,
+) -> Iterator[Answers]:
+    """This process's share of the answers to the questions `left`; as many times on every process."""
+    world, device = accelerator.num_processes, accelerator.device
+    plan, wanted = prepared.plan(questions, grow=True), set(left)
+    trees = trees_of(plan.image) if plan.trees else [[question] for question in left]
+    groups = [own for tree in trees if (own := [question for question in tree if question in wanted])]
     starts = range(0, len(groups), _TREES_AT_ONCE * world)
     jobs = (
         ((chunk, micro_batch), micro_batch, None)
@@ -64,37 +198,20 @@ def predict(
         for micro_batch in plan.share(groups[start : start + starts.step], world)[accelerator.process_index]
         if micro_batch
     )
-    chunks_done = 0
-
-    def agree(chunk: int) -> None:
-        """All processes come to the end of each chunk, and leave together if any was asked to stop."""
-        nonlocal chunks_done
-        while chunks_done < chunk:
-            chunks_done += 1
-            if stop is None or chunks_done == len(starts):  # with all answers there, they count
-                continue
-            if processes.anywhere(accelerator, bool(stop)):
-                network.train(was_training)
-                raise Preempted("stopped while answering questions; the same command begins them again")
-
-    was_training = network.training
-    network.eval()
-    answered: list[tuple[int, str, Probabilities]] = []
-    workers = processes.data_workers(settings.data.workers, device)
+    done, found = 0, Answers()
+    workers = processes.data_workers(prepared.recipe.data.workers, device)
     for (chunk, micro_batch), pack in packs(
         questions, jobs, asked=True, workers=workers, cuda=device.type == "cuda"
     ):
-        agree(chunk)
+        while done < chunk:
+            yield found
+            done, found = done + 1, Answers()
         asked = [question for tree in micro_batch for question in tree]
         answers = _answers(network, prepared, questions, asked, pack.to(device), compute)
-        answered += [(number, *answer) for number, answer in zip(asked, answers, strict=True)]
-        advance(len(asked))
-    agree(len(starts))
-    network.train(was_training)
-    return [
-        _prediction(prepared, questions.examples[number], answer, probabilities)
-        for number, answer, probabilities in sorted(gather_object(answered), key=lambda row: int(row[0]))
-    ]
+        found |= zip(asked, answers, strict=True)
+    for _ in range(done, len(starts)):
+        yield found
+        found = Answers()
 
 
 def _answers(
@@ -124,14 +241,28 @@ def _answers(
     ]
 
 
+def _read(
+    prepared: Prepared, example: Example, answer: str, probabilities: Probabilities
+) -> tuple[str, list[Region]]:
+    """What was written as text and boxes, these in source pixels."""
+    if not prepared.grounded or probabilities is not None:
+        return answer, []
+    canvases = [prepared.canvases[image.key] for image in example.images]
+    text, found = grounding.parse_answer(answer, len(canvases))
+    return text, [grounding.in_source(region, canvases[region.image]) for region in found]
+
+
+def _predictions(prepared: Prepared, questions: Questions, answers: Answers) -> list[Prediction]:
+    return [
+        _prediction(prepared, example, *answers[number]) for number, example in enumerate(questions.examples)
+    ]
+
+
 def _prediction(
     prepared: Prepared, example: Example, answer: str, probabilities: Probabilities
 ) -> Prediction:
     canvases = [prepared.canvases[image.key] for image in example.images]
-    found: list[Region] = []
-    if prepared.grounded and probabilities is None:
-        answer, found = grounding.parse_answer(answer, len(canvases))
-        found = [grounding.in_source(region, canvases[region.image]) for region in found]
+    text, found = _read(prepared, example, answer, probabilities)
     expected = [
         grounding.source_pixels(region, canvases[region.image].source_size) for region in example.regions
     ]
@@ -143,7 +274,7 @@ def _prediction(
         question=example.question,
         question_type=example.question_type,
         references=list(example.answers),
-        answer=answer,
+        answer=text,
         probabilities=probabilities,
         regions=grounding.as_rows(found) if with_boxes else None,
         reference_regions=grounding.as_rows(expected) if with_boxes else None,
@@ -151,52 +282,110 @@ def _prediction(
     )
 
 
+class Begun:
+    """Answers on disk as they come, so that an evaluation that was killed goes on; removed at its end."""
+
+    def __init__(self, file: Path, of: str, questions: Questions) -> None:
+        """`of` tells what was asked and how; the answers of anything else are not taken."""
+        self.file, self.of = file, of
+        self.numbers = {example.id: number for number, example in enumerate(questions.examples)}
+        self.ids = [example.id for example in questions.examples]
+
+    def known(self) -> Answers:
+        """Those of a former start. What a crash left half written is cut off."""
+        found: Answers = {}
+        rows = results.rows(self.file)
+        if not rows or rows[0].get("of") != self.of:
+            rows = [{"of": self.of}]
+        for row in rows[1:]:
+            found[self.numbers[row["id"]]] = row["answer"], row["probabilities"]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(self.file, "".join(map(_line, rows)))
+        return found
+
+    def keep(self, answers: Answers) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            for number, (answer, probabilities) in answers.items():
+                file.write(_line({"id": self.ids[number], "answer": answer, "probabilities": probabilities}))
+
+    def end(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def examine(
     network: Any,
     prepared: Prepared,
     part: Part,
     questions: Questions,
-    folder: Path,
+    source: Source,
     *,
-    run: Path,
     accelerator: Accelerator,
     compute: Compute,
     console: Console,
     stop: Stop | None = None,
-    overrides: Sequence[str] = (),
+    variant: str = "",
 ) -> dict[str, Any]:
-    """Answer a part's questions with the model of the checkpoint `folder`; write and print what came of it.
-
-    `overrides` are recipe keys that were changed for it, which the scores record.
-    """
-    with _bar(console, f"evaluating {part}", len(questions)) as advance:
-        predictions = predict(
-            network,
-            prepared,
-            questions,
-            accelerator=accelerator,
-            compute=compute,
-            stop=stop,
-            advance=lambda done: advance(done * accelerator.num_processes),
-        )
+    """Answer a part's questions with the model of `source`; write and print what came of it."""
+    settings, main = prepared.recipe, accelerator.is_main_process
+    name = source.checkpoint.name if source.checkpoint and source.by_itself else None
+    files = [source.run / file for file in results.file_names(part, settings.eval.final, name, variant)]
+    begun = Begun(
+        files[0].with_name(f"{files[0].name}.partial"),
+        _fingerprint(prepared, part, source.checkpoint, variant),
+        questions,
+    )
+    answers = main_first(accelerator, begun.known)
+    if main and answers:
+        console.print(f"going on after {len(answers)} of {len(questions)} questions")
+    chunks = answered(
+        network, prepared, questions,
+        accelerator=accelerator, compute=compute, stop=stop, known=answers,
+    )  # fmt: skip
+    what = " ".join(filter(None, ["evaluating", part, variant]))
+    with _bar(console, what, len(answers), len(questions)) as advance:
+        for chunk in chunks:
+            answers |= chunk
+            if main:
+                begun.keep(chunk)
+            advance(len(chunk))
+    predictions = _predictions(prepared, questions, answers)
     found = main_first(accelerator, lambda: scores.score(predictions, prepared.prior()))
-    result = {**found, "split": part, "checkpoint": folder.name}
-    if prepared.recipe.data.on_error == "skip":
+    model = {"name": settings.model.name, "revision": prepared.folder.revision}
+    result = {**found, "split": part, "model": model}
+    if source.checkpoint:
+        result["checkpoint"] = source.checkpoint.name
+    if variant:
+        result["variant"] = variant
+    if settings.data.on_error == "skip":
         result["skipped"] = prepared.skipped_counts
-    if overrides:
-        result["overrides"] = list(overrides)
-    if accelerator.is_main_process:
-        lines = (json.dumps(prediction.row(), ensure_ascii=False) + "\n" for prediction in predictions)
-        # What the run is judged by keeps its names; another part has its own beside them.
-        other = "" if part == (prepared.recipe.eval.final or "test") else f".{part}"
-        files = run / f"predictions{other}.jsonl", run / f"scores{other}.json"
-        checkpoint.write_text(files[0], "".join(lines))
+    if source.overrides:
+        result["overrides"] = list(source.overrides)
+    if main:
+        checkpoint.write_text(files[0], "".join(_line(prediction.row()) for prediction in predictions))
         checkpoint.write_json(files[1], result)
+        begun.end()
         _show(result, files, console)
     return result
 
 
-def _show(result: Mapping[str, Any], files: tuple[Path, Path], console: Console) -> None:
+def _fingerprint(prepared: Prepared, part: Part, folder: Path | None, variant: str) -> str:
+    """Digest of all that decides an answer; not of how many processes and questions share the work."""
+    settings = prepared.recipe.model_dump(mode="json")
+    weights = (folder / checkpoint.MANIFEST).read_bytes() if folder else prepared.folder.revision
+    conditions = [
+        repr(weights), part, variant, prepared.fingerprint(part),
+        {key: settings[key] for key in ("model", "prompt", "image")},
+        settings["train"]["precision"], settings["data"]["labels"],
+        {key: settings["eval"][key] for key in ("answers", "max_new_tokens", "cascade")},
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
+
+
+def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:
     table = Table(title=f"exact match on {result['split']}, and the prior: each question's majority answer")
     table.add_column("question type")
     for heading in ("questions", "exact %", "95 % interval", "prior %"):
@@ -216,68 +405,132 @@ def _show(result: Mapping[str, Any], files: tuple[Path, Path], console: Console)
     console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
 
 
-def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What `surgvqa evaluate` does: a run's best checkpoint, else its newest; returns the scores.
+def evaluate(
+    source: str | Path,
+    split: Part | None = None,
+    *,
+    variant: str = "",
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Answer and score a part of the data; what `surgvqa evaluate` does. Returns what scores.json holds.
 
-    The recipe is the one frozen in the checkpoint. Raises BadInput where the folder holds no run or no
-    checkpoint that verifies.
+    `source` is a run's folder, one of its checkpoints, or a model's name or folder, which then needs a
+    `recipe` file. `variant` is what is done to the images: nothing, `black`, `shuffle`, or a corruption such
+    as `smoke:3`. `overrides` are recipe keys to change, as `key=value`; `output` is another folder for the
+    results. Raises BadInput with all that a person must mend.
     """
+    found = opened(source, recipe_file=recipe, overrides=overrides, output=output)
+    return _evaluate(found, split, [variant])[0]
+
+
+def _evaluate(
+    source: Source, part: Part | None, variants: Sequence[str], stop: Stop | None = None
+) -> list[dict[str, Any]]:
+    """The scores of each variant, by a model that is loaded once."""
     accelerator = processes.start()
-    folder = main_first(accelerator, lambda: checkpoint.chosen(run))
-    settings = checkpoint.recipe_of(folder, overrides)
+    main, settings = accelerator.is_main_process, source.settings
     processes.check_device(accelerator.device, settings.model.name)
     compute = processes.compute(settings.train.precision, settings.model.attn, accelerator.device)
     part = part or settings.eval.final or "test"
-    prepared = prepare(settings, accelerator, evaluated=[part], progress=accelerator.is_main_process)
+    prepared = prepare(settings, accelerator, evaluated=[part], progress=main)
     if not prepared.dataset.part(part):
-        raise BadInput(f"{run}: the data has no {part} part to evaluate; choose another with --split")
+        raise BadInput(f"{source.run}: the data has no {part} part to evaluate; choose another with --split")
     questions = prepared.questions(part, asked=True)
     prepared.plan(questions)  # finds what cannot fit before the model loads
-    if accelerator.is_main_process:
+    posed = {variant: prepared.varied(questions, variant) for variant in variants}
+    main_first(accelerator, lambda: _claim(source))
+    if main:
         for warning in condensed(replace(p, what=f"{p.what}; left out") for p in prepared.skipped):
             log.warning("warning: %s", warning)
-    network = prepared.network(folder).to(accelerator.device)
-    result = examine(
-        network,
-        prepared,
-        part,
-        questions,
-        folder,
-        run=run,
-        accelerator=accelerator,
-        compute=compute,
-        console=Console(quiet=not accelerator.is_main_process),
-        overrides=overrides,
-    )
+    network = prepared.network(source.checkpoint) if source.checkpoint else prepared.published()
+    network = network.to(accelerator.device)
+    found = [
+        examine(
+            network,
+            prepared,
+            part,
+            asked,
+            source,
+            accelerator=accelerator,
+            compute=compute,
+            console=Console(quiet=not main),
+            stop=stop,
+            variant=variant,
+        )
+        for variant, asked in posed.items()
+    ]
     processes.stop(accelerator)
-    return result
+    return found
+
+
+def _claim(source: Source) -> None:
+    """See that the results' folder is the run's own, or make it one for them."""
+    run, told = source.run, source.run / "recipe.yaml"
+    trained = (run / "checkpoints").exists()
+    if source.checkpoint and source.checkpoint.resolve().is_relative_to(run.resolve()):
+        return
+    if trained or (run.is_dir() and any(run.iterdir()) and not told.is_file()):
+        what = "holds another run" if trained else "holds other things"
+        raise BadInput(f"{run} {what}; choose a folder of its own for the results with --out")
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(told, replaced(source.settings, f"output={json.dumps(str(run))}").dump())
 
 
 @contextlib.contextmanager
-def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(console: Console, what: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, ten lines in a log."""
     with Progress(console=console, disable=console.quiet or not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.update(task, advance=done)
+        task = progress.add_task(what, completed=done, total=total)
+
+        def advance(more: int) -> None:
+            nonlocal done
+            tenths, done = 10 * done // total, done + more
+            progress.update(task, completed=done)
+            if not console.is_terminal and 10 * done // total > tenths and done < total:
+                console.print(f"{what}: {done:,}/{total:,} questions", highlight=False)
+
+        yield advance
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Returns an exit code of surgvqa/endings.py."""
     parser = argparse.ArgumentParser(
-        "surgvqa evaluate", description="Answer and score a part of a run's data."
+        "surgvqa evaluate",
+        description="Answer and score a part of the data with a trained or a published model.",
     )
-    parser.add_argument("run", type=Path, help="output folder of a training run")
-    parser.add_argument("--split", choices=["train", "val", "test"], help="default: the recipe's eval.final")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a run's folder, one of its checkpoints, or with --recipe a model's name or folder",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    arguments = parser.parse_intermixed_args(argv)
+    parser.add_argument("--split", choices=["train", "val", "test"], help="default: the recipe's eval.final")
+    parser.add_argument("--recipe", type=Path, help="which data to ask a published model about, and how")
+    parser.add_argument(
+        "--ablate",
+        action="append",
+        choices=ABLATIONS,
+        help="show black pictures, or those of other questions",
+    )
+    parser.add_argument(
+        "--corrupt",
+        action="append",
+        metavar="KIND:LEVEL",
+        help=f"spoil the pictures: {', '.join(corrupt.KINDS)}, from 1 to 5, or 1..5 for all of them",
+    )
+    parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
+    given = parser.parse_intermixed_args(argv)
     try:
-        with workers_watched():
-            evaluate(arguments.run, arguments.split, arguments.overrides)
+        spoiled = [each.name for text in given.corrupt or () for each in corrupt.parse(text)]
+        variants = list(dict.fromkeys([*(given.ablate or ()), *spoiled])) or [""]
+        source = opened(given.source, recipe_file=given.recipe, overrides=given.overrides, output=given.out)
+        with Stop() as stop, workers_watched():
+            _evaluate(source, given.split, variants, stop)
     except BadInput as error:
-        return recipe.explain(error)
-    except PeerLost as error:
+        return leave_code(recipe.explain(error))
+    except Ending as error:
         log.error("%s", error)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        return leave_code(error.exit_code)
+    return leave_code(0)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from PIL import Image
 
-from surgvqa import datasets, hub, letterbox, model
+from surgvqa import corrupt, datasets, hub, letterbox, model
 from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
@@ -53,12 +56,23 @@ class Prepared:
     def questions(self, part: Part, most: int | None = None, *, asked: bool = False) -> Questions:
         """The questions of a part; with `most`, that many, of images drawn by the recipe's seed.
 
-        `asked`: to be answered as the recipe's eval.answers says, with labels or without.
+        `asked`: to be answered as the recipe's `eval` says: with labels or without, in a cascade or not.
         """
         examples = self.dataset.part(part)
+        if self.recipe.eval.cascade != "none" if asked else self.recipe.train.cascade:
+            examples = datasets.in_context(examples, {each.id: each.answers[0].strip() for each in examples})
         if most is not None and most < len(examples):
             examples = _some(examples, most, self.recipe.train.seed)
-        weights = self.answer_weights() if part == "train" else {}
+        return self.posed(examples, asked=asked, weights=self.answer_weights() if part == "train" else {})
+
+    def posed(
+        self,
+        examples: Sequence[datasets.Example],
+        *,
+        asked: bool = True,
+        weights: Mapping[str, float] | None = None,
+    ) -> Questions:
+        """These examples as `questions` poses them; `weights` are by answer."""
         chosen = asked and self.recipe.eval.answers == "labels"
         return Questions(
             examples,
@@ -72,8 +86,20 @@ class Prepared:
             labels=[closed_set(self.recipe, e) for e in examples] if chosen else None,
         )
 
-    def plan(self, questions: Questions) -> Plan:
-        """The order of these questions. Raises BadInput naming every question that cannot fit."""
+    def varied(self, questions: Questions, variant: str) -> Questions:
+        """The questions with other pictures: `black` ones, with `shuffle` those of other questions, or as
+        `surgvqa.corrupt` says; "" leaves them as they are. Raises BadInput where a variant is none of these.
+        """
+        if variant == "shuffle":
+            return questions.shown(_shuffled(questions.examples, self.recipe.train.seed), None)
+        if variant == "black":
+            return questions.shown({}, _black)
+        return questions.shown({}, corrupt.parse(variant)[0]) if variant else questions
+
+    def plan(self, questions: Questions, *, grow: bool = False) -> Plan:
+        """The order of these questions. Raises BadInput naming every question that cannot fit; with `grow` a
+        micro-batch takes as many tokens as the longest needs.
+        """
         batch = self.recipe.batch
         asked, found = batch.tokens_per_micro_batch, self.tokens_per_micro_batch
         plan = Plan(
@@ -88,8 +114,8 @@ class Prepared:
             stage=_stages(questions.examples) if batch.order == "stages" else None,
             classes=self._classes(questions.examples),
         )
-        if asked == "auto":
-            plan.tokens_per_micro_batch = max(_UNTRIED, int(plan.alone().max()))
+        if asked == "auto" or grow:
+            plan.tokens_per_micro_batch = max(plan.tokens_per_micro_batch, int(plan.alone().max()))
         problems = []
         for question in plan.too_long():
             example, root = questions.examples[question], questions.root_tokens[questions.image[question]]
@@ -116,6 +142,11 @@ class Prepared:
             weights=checkpoint if full else None,
         )
         return self._adapted(whole, None if full else checkpoint)
+
+    def published(self) -> Any:
+        """The model as its authors published it, to be asked and not trained; on the CPU."""
+        dtype = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
+        return model.build(self.folder, dtype=dtype, seed=self.recipe.train.seed)
 
     def checkpoint_bytes(self) -> int:
         """About how many bytes a checkpoint will take, from the model's shapes; no weights are read."""
@@ -148,14 +179,14 @@ class Prepared:
     def prior(self) -> Prior:
         return Prior(self.dataset.part("train"))
 
-    def fingerprint(self) -> dict[str, str | int]:
-        """What is trained on, so that a change can be named: how many questions, and their digests.
+    def fingerprint(self, part: Part = "train") -> dict[str, str | int]:
+        """What a part holds, so that a change can be named: how many questions, and their digests.
 
         `questions` counts them; `order` is of their ids in order, `ids`, `texts` (with all answers and
         boxes) and `kinds` (their types, stages and images'
         names) and `images` (of the images' bytes) are in the order of the ids.
         """
-        examples = self.dataset.part("train")
+        examples = self.dataset.part(part)
         ordered = sorted(examples, key=lambda example: example.id)
         return {
             "questions": len(examples),
@@ -263,6 +294,32 @@ def prepare(
 def _stages(examples: Sequence[datasets.Example]) -> NDArray[np.int64]:
     """(questions,) stages; the audit refuses training questions without one, and others have no order."""
     return np.array([example.stage or 0 for example in examples], np.int64)
+
+
+def _black(picture: Image.Image, key: str) -> Image.Image:
+    return Image.new("RGB", picture.size)
+
+
+def _shuffled(examples: Sequence[datasets.Example], seed: int) -> dict[str, Sequence[datasets.ImageRef]]:
+    """For the images of each question (by `image_key`) as many of another, drawn by the seed.
+
+    They are of another group (video) wherever no group has more than half of them. Raises BadInput where
+    there are no others.
+    """
+    known = {example.image_key: example for example in examples}
+    if len(known) < 2:
+        raise BadInput("shuffle: all questions are about the same image; there is no other to show")
+    drawn = np.random.Generator(np.random.PCG64(seed)).permutation(sorted(known)).tolist()
+    group = {key: example.group or key for key, example in known.items()}
+    # Groups lie together, so a step as long as the longest leads out of each.
+    order = sorted(drawn, key=lambda key: group[key])
+    longest = max(Counter(group.values()).values())
+    step = longest if 2 * longest <= len(order) else 1
+    others = dict(zip(order, order[step:] + order[:step], strict=True))
+    return {
+        key: [image for image, _ in zip(itertools.cycle(known[other].images), known[key].images)]
+        for key, other in others.items()
+    }
 
 
 def _digest(values: Iterable[object]) -> str:

@@ -359,6 +359,9 @@ class Train(_Section):
     """Save and stop, as when asked by a signal, after so many hours of this start; null: never."""
     peer_timeout: float = Field(300, ge=5)
     """Seconds of silence after which another process of the run counts as lost."""
+    cascade: bool = False
+    """Train on questions with the earlier stages' questions about the same image, and their references,
+    ahead of each."""
     compile: bool = False
     """Have torch.compile make kernels of the decoder layers for training; the first steps take longer."""
 
@@ -393,6 +396,9 @@ class Eval(_Section):
     closed set, and predictions.jsonl gets the probability of each."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer, in tokens (for `answers: generate`)."""
+    cascade: Literal["none", "answers", "references"] = "none"
+    """Answer stage by stage, and put the earlier stages' questions about the same image ahead of each
+    question, with the `answers` that the model gave or with their `references`."""
 
     @property
     def parts(self) -> set[Part]:
@@ -521,6 +527,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append("model.lora: is for tune: lora, but tune is full")
     if model.revision is not None and (model.name.startswith("tiny-") or Path(model.name).is_dir()):
         found.append(f"model.revision: {model.name} is no hub id, so it has none")
+    if recipe.eval.every and recipe.eval.cascade == "answers" and recipe.eval.questions:
+        found.append("eval.questions: is for cascade none or references; answers needs all questions")
     if recipe.eval.every and recipe.eval.keep_best and recipe.eval.split == recipe.eval.final:
         found.append(
             "eval.keep_best: would choose the checkpoint on the part that eval.final then scores it on; "

@@ -145,7 +145,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []
     found = []

@@ -170,13 +170,17 @@ class ChatTokens:
         return self._roots[images]
 
     def question_text(self, example: Example, canvases: Mapping[str, Placement] = _NONE) -> str:
-        """The question as the model reads it: with its boxes, and its type's instruction on its own line."""
+        """The question as the model reads it, with its boxes.
+
+        Ahead of it earlier questions with their answers, behind it its type's instruction, each on a line.
+        """
         question = example.question
         if example.asked_regions:
             boxes = grounding.on_canvases(example, example.asked_regions, canvases)
             question = grounding.write_question(self.folder.family, question, boxes, len(example.images))
-        instruction = self.instructions.get(example.question_type)
-        return f"{question}\n{instruction}" if instruction else question
+        lines = [f"{earlier} {answer}" for earlier, answer in example.context]
+        lines += [question, self.instructions.get(example.question_type, "")]
+        return "\n".join(filter(None, lines))
 
     def answer_text(self, example: Example, canvases: Mapping[str, Placement] = _NONE) -> str:
         """`answers[0]` as the model is to write it, with its boxes."""
@@ -295,6 +299,13 @@ class ChatTokens:
         if boxes:
             ids = [token for token in ids if token not in self._unspoken]
         return str(self.tokenizer.decode(ids, skip_special_tokens=not boxes)).strip()
+
+    def unspecial(self, text: str) -> str:
+        """The text without special tokens, so that what a model wrote can stand in a question."""
+        while found := [token for token in self.folder.special_tokens if token in text]:
+            for token in found:
+                text = text.replace(token, "")
+        return " ".join(text.split())
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token as text, for showing."""

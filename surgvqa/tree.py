@@ -12,6 +12,7 @@ Segments lie in depth-first order, so one number per token says it all, for any 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,10 @@ _BOX_TOKENS = 24
 
 KEPT_BYTES = 2**30
 """Memory in which the processes of a machine, together, may keep pictures scaled to their canvases."""
+
+
+Change = Callable[[Image.Image, str], Image.Image]
+"""What is done to a picture: itself and its image's key → another of its size."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,9 @@ class Questions:
         self.fill = fill
         self.augment = augment
         self.seed = seed
-        self._kept: dict[str, Image.Image] = {}
+        self.instead: Mapping[str, Sequence[ImageRef]] = {}
+        self.change: Change | None = None
+        self._kept: dict[tuple[str, str], Image.Image] = {}
         self.room = KEPT_BYTES
         """Bytes left for scaled pictures to keep."""
         self.labels = labels
@@ -290,6 +297,16 @@ class Questions:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def shown(self, instead: Mapping[str, Sequence[ImageRef]], change: Change | None) -> Questions:
+        """The same questions about other pictures.
+
+        `instead` are images to show in the place of others (`Example.image_key` → as many), stretched to that
+        place. `change` gets every picture, scaled to its canvas, and its image's key.
+        """
+        others = copy.copy(self)
+        others.instead, others.change, others._kept = instead, change, {}
+        return others
+
     def tokens(self, trees: Sequence[Sequence[int]]) -> int:
         """The length of trees of question numbers together, where boxes have not moved."""
         roots = self.root_tokens[self.image[[tree[0] for tree in trees]]].sum()
@@ -317,8 +334,13 @@ class Questions:
         example = self.examples[questions[0]]
         placements = self.placements(questions[0], epoch)
         patches = [
-            self.chat.patches(placement.place(self._scaled(image), self.fill))
-            for image, placement in zip(example.images, placements, strict=True)
+            self.chat.patches(placement.place(self._scaled(image, shown), self.fill))
+            for image, shown, placement in zip(
+                example.images,
+                self.instead.get(example.image_key, example.images),
+                placements,
+                strict=True,
+            )
         ]
         if asked and self.candidates:
             branches = [self.candidates[question] for question in questions]
@@ -363,22 +385,26 @@ class Questions:
         made = [self.tree(tree, asked=asked, epoch=epoch) for tree in trees]
         return pack(made, multiple=BLOCK if cuda else 1)
 
-    def _scaled(self, image: ImageRef) -> Image.Image:
-        """An image scaled to its canvas, before anything that differs by epoch.
+    def _scaled(self, image: ImageRef, shown: ImageRef) -> Image.Image:
+        """The picture `shown` scaled to the canvas of `image`, before anything that differs by epoch.
 
         Kept while there is room, since its questions come back every epoch.
         """
-        if image.key in self._kept:
-            return self._kept[image.key]
-        canvas = self.canvases[image.key]
+        keys = image.key, shown.key
+        if keys in self._kept:
+            return self._kept[keys]
         try:
-            scaled = canvas.scale(open_rgb(image.read()))
+            scaled = self.canvases[shown.key].scale(open_rgb(shown.read()))
         except (OSError, ValueError) as error:
-            raise BadInput(f"image {image.key}: {error}") from error
+            raise BadInput(f"image {shown.key}: {error}") from error
+        if shown.key != image.key:
+            scaled = scaled.resize(self.canvases[image.key].drawn_size, Image.Resampling.BICUBIC)
+        if self.change:
+            scaled = self.change(scaled, image.key)
         size = 3 * scaled.width * scaled.height
         if self.room >= size:
             self.room -= size
-            self._kept[image.key] = scaled
+            self._kept[keys] = scaled
         return scaled
 
     def _grids(self, example: Example) -> list[tuple[int, int]]:

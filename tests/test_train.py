@@ -268,7 +268,7 @@ def test_evaluate_takes_labels_as_overrides(settings: Any) -> None:
                  "train.max_steps=1", "eval.final=test", "eval.max_new_tokens=3")
     )  # fmt: skip
     assert all("probabilities" not in row for row in predictions(run))
-    result = evaluation.evaluate(run, "val", closed())
+    result = evaluation.evaluate(run, "val", overrides=closed())
     assert result["overrides"] == closed()
     assert all(row["probabilities"] for row in predictions(run, "predictions.val.jsonl"))
 
@@ -528,7 +528,7 @@ def test_a_corpus_that_is_all_test_is_evaluated(settings: Any, tmp_path: Path) -
         train.train(settings(*external))
     show(settings(*external), "test", 0, tmp_path / "shown", terminal.Console(quiet=True))
     assert (tmp_path / "shown/canvas-0.png").is_file()
-    scores = evaluation.evaluate(train.train(settings()), "test", external)
+    scores = evaluation.evaluate(train.train(settings()), "test", overrides=external)
     assert scores["overall"]["n"] == 1
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,6 +126,8 @@ class Example:
     """Boxes that are part of the answer."""
     asked_regions: tuple[Region, ...] = ()
     """Boxes that the question is about."""
+    context: tuple[tuple[str, str], ...] = ()
+    """Earlier questions about the images and their answers, which the model reads ahead of the question."""
 
     @property
     def image_key(self) -> str:
@@ -136,7 +138,8 @@ class Example:
     def texts(self) -> tuple[str, ...]:
         """All that the data says in words."""
         labels = (region.label for region in (*self.asked_regions, *self.regions))
-        return (self.question, *self.answers, *labels)
+        earlier = (text for pair in self.context for text in pair)
+        return (self.question, *self.answers, *labels, *earlier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,30 @@ class Dataset:
 
     def part(self, part: Part) -> list[Example]:
         return [example for example in self.examples if example.split == part]
+
+
+def in_context(examples: Sequence[Example], answers: Mapping[str, str]) -> list[Example]:
+    """The examples, each with the questions about the same images that are of an earlier stage, and their
+    answers.
+
+    `answers` are by id; a question without one is left out. Those of a lower stage come first, and of one
+    stage in the order of `examples`.
+    """
+    told: dict[str, list[Example]] = defaultdict(list)
+    for example in sorted(examples, key=lambda example: example.stage or 0):
+        if example.id in answers:
+            told[example.image_key].append(example)
+    return [
+        replace(
+            example,
+            context=tuple(
+                (other.question, answers[other.id])
+                for other in told[example.image_key]
+                if (other.stage or 0) < (example.stage or 0)
+            ),
+        )
+        for example in examples
+    ]
 
 
 def normalise(answer: str) -> str:

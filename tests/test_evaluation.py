@@ -1,0 +1,359 @@
+"""What is evaluated, on which pictures, in which order; and that an evaluation that was stopped goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from conftest import write_jsonl
+from PIL import Image
+
+from surgvqa import cli, evaluation, processes, recipe, results, train
+from surgvqa.endings import Preempted
+from surgvqa.evaluation import evaluate, opened
+from surgvqa.prepare import Prepared, prepare
+from surgvqa.recipe import BadInput
+
+RECIPE = """
+model: {name: tiny-qwen3-vl, tune: lora}
+data: {format: jsonl}
+image: {size: 64}
+batch: {questions: 12, questions_per_image: 4, tokens_per_micro_batch: 400}
+train: {max_steps: 2, lr: 1.0e-2, precision: fp32, checkpoint_layers: 0}
+eval: {final: null, max_new_tokens: 4}
+"""
+STAGES = {"count": 1, "yes_no": 1, "which": 2, "where": 2, "colour": 3, "state": 3}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with its data, whose questions have stages, and a short run of it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    data = write_jsonl(folder / "data", images=40)
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        part = f"{row['split']}{int(row['image'][:-4]) // 16}"
+        row |= {"stage": STAGES[row["question_type"]], "group": part}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = RECIPE.replace("format: jsonl", f"format: jsonl, path: {data}") + f"output: {folder / 'run'}\n"
+    (folder / "recipe.yaml").write_text(text)
+    train.train(recipe.load(folder / "recipe.yaml"))
+    return folder
+
+
+@pytest.fixture
+def run(home: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(home / "run", tmp_path / "run"))
+
+
+def rows(folder: Path, name: str = "predictions.jsonl") -> list[dict[str, Any]]:
+    return results.rows(folder / name)
+
+
+def prepared_of(folder: Path, *words: str) -> tuple[Accelerator, Prepared]:
+    accelerator = processes.start()
+    return accelerator, prepare(recipe.load(folder / "recipe.yaml", words), accelerator, evaluated=["test"])
+
+
+# Sources
+
+
+def test_a_run_a_checkpoint_and_its_copy_answer_alike(run: Path, tmp_path: Path) -> None:
+    scores = evaluate(run, "test")
+    assert (scores["checkpoint"], scores["model"]["name"]) == ("step-000002", "tiny-qwen3-vl")
+    assert "variant" not in scores
+    assert scores == json.loads((run / "scores.json").read_text())
+    step = run / "checkpoints" / "step-000002"
+    evaluate(step, "test")
+    assert rows(run, "predictions.step-000002.jsonl") == rows(run)
+    lone = Path(shutil.copytree(step, tmp_path / "elsewhere" / "adapter"))
+    with pytest.raises(BadInput, match="say where the results go with --out"):
+        opened(lone)
+    evaluate(lone, "test", output=tmp_path / "lone")
+    assert rows(tmp_path / "lone") == rows(run)
+    assert results.load_run(tmp_path / "lone").evaluation("test").checkpoint == "adapter"
+
+
+def test_a_full_checkpoint_goes_the_same_way(home: Path, tmp_path: Path) -> None:
+    words = ["model.tune=full", "train.max_steps=1", f"output={tmp_path / 'full'}"]
+    full = train.train(recipe.load(home / "recipe.yaml", words))
+    assert evaluate(full, "test")["overall"]["n"] == len(rows(full))
+
+
+def test_a_published_model_is_evaluated_with_a_recipe(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it answers is what a new adapter, which changes nothing, answers."""
+    command = ["evaluate", "tiny-qwen3-vl", "--recipe", str(home / "recipe.yaml")]
+    assert cli.main([*command, "model.adapter=null", f"output={tmp_path / 'exp'}", "--split", "test"]) == 0
+    folder = tmp_path / "exp-tiny-qwen3-vl"
+    assert f"written: {folder}/predictions.jsonl" in capsys.readouterr().out
+    found = results.load_run(folder)
+    assert found.recipe.output == str(folder)
+    assert found.evaluation().checkpoint is None
+    assert found.evaluation().scores["model"] == {"name": "tiny-qwen3-vl", "revision": None}
+    accelerator, prepared = prepared_of(home)
+    compute = processes.compute("fp32", "auto", accelerator.device)
+    answers = evaluation.predict(
+        prepared.network(), prepared, prepared.questions("test", asked=True),
+        accelerator=accelerator, compute=compute,
+    )  # fmt: skip
+    assert answers == found.evaluation().predictions
+    assert cli.main([*command, f"output={tmp_path / 'exp'}", "--split", "test"]) == 0  # again, into its own
+
+
+def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> None:
+    recipe_file = home / "recipe.yaml"
+    for source, said in [
+        (tmp_path / "none", r"is no run's folder; to evaluate a model as it was published, name the data"),
+        (tmp_path, "holds neither a run nor a checkpoint"),
+    ]:
+        with pytest.raises(BadInput, match=said):
+            opened(source)
+    with pytest.raises(BadInput, match=r"--recipe is for a model as it was published; .*run brings its own"):
+        opened(run, recipe_file=recipe_file)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(BadInput, match="mine holds other things; choose a folder of its own"):
+        evaluate("tiny-qwen3-vl", "test", recipe=recipe_file, output=tmp_path / "mine")
+    with pytest.raises(BadInput, match="run holds another run; choose a folder of its own"):
+        evaluate("tiny-qwen3-vl", "test", recipe=recipe_file, output=run)
+    weights = run / "checkpoints" / "step-000002" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(BadInput, match=r"adapter_model\.safetensors: \d+ bytes instead of"):
+        opened(weights.parent)
+
+
+def test_the_revision_of_the_recipes_own_model_is_not_anothers(home: Path) -> None:
+    text = (
+        (home / "recipe.yaml")
+        .read_text()
+        .replace("tiny-qwen3-vl", "Qwen/Qwen2-VL-2B-Instruct, revision: abc")
+    )
+    other = home / "revision.yaml"
+    other.write_text(text)
+    assert opened("Qwen/Qwen2-VL-2B-Instruct", recipe_file=other).settings.model.revision == "abc"
+    found = opened("Qwen/Qwen2-VL-7B-Instruct", recipe_file=other)
+    assert (found.settings.model.revision, found.run.name) == (None, "run-Qwen2-VL-7B-Instruct")
+    words = ["model.revision=def"]
+    assert opened("Qwen/X", recipe_file=other, overrides=words).settings.model.revision == "def"
+
+
+# Going on
+
+
+class Counted:
+    """Asks for a stop after so many looks, and counts the questions that the model is asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
+        self.looks, self.asked, answers = looks, 0, evaluation._answers
+        monkeypatch.setattr(evaluation, "_TREES_AT_ONCE", 1)
+
+        def counting(network: Any, prepared: Any, questions: Any, asked: Any, *rest: Any) -> Any:
+            self.asked += len(asked)
+            return answers(network, prepared, questions, asked, *rest)
+
+        monkeypatch.setattr(evaluation, "_answers", counting)
+
+    def __bool__(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize("words", [[], ["eval.cascade=answers"], ["eval.answers=labels"]], ids=str)
+def test_a_stopped_evaluation_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    if words == ["eval.answers=labels"]:
+        kinds: dict[str, set[str]] = {}
+        for line in (run.parent / "none", Path(recipe.load(run / "recipe.yaml").data.path or "")):
+            for row in results.rows(line):
+                kinds.setdefault(row["question_type"], set()).add(row["answer"])
+        words = [*words, f"data.labels={json.dumps({kind: sorted(own) for kind, own in kinds.items()})}"]
+    source = opened(run, overrides=words)
+    whole = Counted(monkeypatch, 10**9)
+    evaluation._evaluate(source, "test", [""])
+    expected = (run / "predictions.jsonl").read_bytes()
+    (run / "predictions.jsonl").unlink()
+    total, whole.asked = whole.asked, 0
+
+    stop: Any = Counted(monkeypatch, 3)
+    with pytest.raises(Preempted, match="the same command goes on"):
+        evaluation._evaluate(source, "test", [""], stop)
+    kept = rows(run, "predictions.jsonl.partial")
+    assert 0 < stop.asked == len(kept) - 1 < total
+    with (run / "predictions.jsonl.partial").open("a") as file:
+        file.write('{"id": "half a li')
+    evaluation._evaluate(source, "test", [""])
+    assert stop.asked == total
+    assert (run / "predictions.jsonl").read_bytes() == expected
+    assert not (run / "predictions.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "word", ["eval.max_new_tokens=3", "prompt.system=Look!", "image.size=96", "train.precision=bf16"]
+)
+def test_answers_to_other_questions_are_not_taken(
+    run: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    stop: Any = Counted(monkeypatch, 2)
+    with pytest.raises(Preempted):
+        evaluation._evaluate(opened(run), "test", [""], stop)
+    again = Counted(monkeypatch, 10**9)
+    scores = evaluation._evaluate(opened(run, overrides=[word]), "test", [""])[0]
+    assert again.asked == scores["overall"]["n"]
+    assert scores["overrides"] == [word]
+
+
+def test_batches_and_rows_change_nothing(run: Path) -> None:
+    evaluate(run, "test")
+    expected = rows(run)
+    for words in (["batch.tokens_per_micro_batch=2000"], ["batch.trees=false"], ["data.workers=1"]):
+        evaluate(run, "test", overrides=words)
+        assert rows(run) == expected, words
+
+
+# Other pictures
+
+
+def pictures(prepared: Prepared, variant: str) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+    """Of each image key: group, what is seen, and what is seen in the variant, as patches."""
+    questions = prepared.questions("test", asked=True)
+    varied = prepared.varied(questions, variant)
+    for number, example in enumerate(questions.examples):
+        before, after = questions.tree([number]), varied.tree([number])
+        assert before.grids == after.grids
+        yield example.image_key, example.group, before.patches, after.patches
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["image.mode=native", "image.size=null", "image.max_tokens=6"]], ids=str
+)
+def test_ablations(home: Path, words: list[str]) -> None:
+    _, prepared = prepared_of(home, *words)
+    seen: dict[str, np.ndarray] = {}
+    for key, _, before, black in pictures(prepared, "black"):
+        seen[key] = before
+        assert len(np.unique(black, axis=0)) == 1  # every patch is the same: black, as is the fill
+        assert len(np.unique(before, axis=0)) > 1
+    for key, _, before, after in pictures(prepared, "shuffle"):
+        assert not np.array_equal(after, before), key
+
+
+def test_shuffled_pictures_are_of_other_videos(home: Path) -> None:
+    _, prepared = prepared_of(home, "image.mode=native", "image.size=null", "image.max_tokens=6")
+    questions = prepared.questions("test", asked=True)
+    instead = prepared.varied(questions, "shuffle").instead
+    known = {example.image_key: example for example in questions.examples}
+    shown = {key: others[0].key for key, others in instead.items()}
+    assert shown.keys() == set(shown.values()) == known.keys()
+    assert all(known[key].group != known[other].group for key, other in shown.items())
+    for number, example in enumerate(questions.examples):
+        (other,), canvas = instead[example.image_key], prepared.canvases[example.image_key]
+        picture = Image.open(io.BytesIO(other.read())).convert("RGB")
+        picture = picture.resize(prepared.canvases[other.key].drawn_size, Image.Resampling.BICUBIC)
+        picture = picture.resize((canvas.width, canvas.height), Image.Resampling.BICUBIC)
+        seen = prepared.varied(questions, "shuffle").tree([number]).patches
+        assert np.array_equal(seen, prepared.chat.patches(picture))
+
+
+def test_there_must_be_another_picture(home: Path) -> None:
+    _, prepared = prepared_of(home)
+    one = prepared.questions("test", asked=True).examples[0]
+    with pytest.raises(BadInput, match="all questions are about the same image"):
+        prepared.varied(prepared.posed([one]), "shuffle")
+
+
+def test_variants_are_evaluated_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", str(run), "--split", "test", "--ablate", "black", "--corrupt", "noise:1..2"]
+    assert cli.main(command) == 0
+    found = results.load_run(run)
+    assert {each.variant for each in found.evaluations} == {"black", "noise:1", "noise:2"}
+    assert found.evaluation("test", "noise:2").scores["variant"] == "noise:2"
+    assert len({str([row.answer for row in each.predictions]) for each in found.evaluations}) > 1
+    assert cli.main([*command[:-1], "fog:1"]) == 2
+    assert "fog" in capsys.readouterr().err
+
+
+# Cascade
+
+
+def asked_texts(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> dict[str, str]:
+    """Id → the question as the model read it."""
+    texts: dict[str, str] = {}
+    answers = evaluation._answers
+
+    def watched(network: Any, prepared: Any, questions: Any, asked: Any, *rest: Any) -> Any:
+        for number in asked:
+            example = questions.examples[number]
+            texts[example.id] = prepared.chat.question_text(example, prepared.canvases)
+        return answers(network, prepared, questions, asked, *rest)
+
+    monkeypatch.setattr(evaluation, "_answers", watched)
+    act()
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["answers", "references"])
+def test_a_cascade_puts_earlier_stages_ahead(run: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    texts = asked_texts(
+        monkeypatch, lambda: evaluate(run, "test", overrides=[f"eval.cascade={kind}", "train.seed=42"])
+    )
+    told = rows(run)
+    stage = {row["id"]: STAGES[row["question_type"]] for row in told}
+    longest = 0
+    for row in told:
+        own = [
+            f"{other['question']} {other['answer' if kind == 'answers' else 'references']}"
+            if kind == "answers" else f"{other['question']} {other['references'][0]}"
+            for other in sorted(told, key=lambda other: stage[other["id"]])
+            if other["image"] == row["image"] and stage[other["id"]] < stage[row["id"]]
+        ]  # fmt: skip
+        own = [" ".join(line.split()) for line in own]
+        assert [" ".join(line.split()) for line in texts[row["id"]].split("\n")] == [*own, row["question"]]
+        longest = max(longest, len(own))
+    assert longest >= 2
+
+
+def test_training_in_a_cascade_reads_references(home: Path) -> None:
+    settings = recipe.load(home / "recipe.yaml", ["train.cascade=true"])
+    questions = prepare(settings).questions("train")
+    texts = [questions.chat.question_text(example) for example in questions.examples]
+    assert any(text.count("\n") >= 2 for text in texts)
+    assert all("\n" not in t for t, e in zip(texts, questions.examples, strict=True) if e.stage == 1)
+
+
+def test_a_cascade_needs_stages(home: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data", images=8)
+    words = [f"data.path={data}", f"output={tmp_path / 'run'}"]
+    for word, key in [
+        ("eval.cascade=answers", "eval.cascade: answers"),
+        ("train.cascade=true", "train.cascade"),
+    ]:
+        with pytest.raises(BadInput, match=f"has no stage, which {key} needs"):
+            prepare(recipe.load(home / "recipe.yaml", [*words, word, "eval.final=test"]))
+    with pytest.raises(BadInput, match=r"eval\.questions: is for cascade none or references"):
+        recipe.load(home / "recipe.yaml", ["eval.cascade=answers", "eval.every=2", "eval.questions=3"])
+
+
+def test_special_tokens_that_a_model_writes_do_not_break_a_cascade(home: Path) -> None:
+    _, prepared = prepared_of(home)
+    assert prepared.chat.unspecial("a <|im_<|im_end|>end|> b\n<|vision_end|>") == "a b"
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(home: Path) -> None:
+    accelerator, prepared = prepared_of(home)
+    network = prepared.network().train()
+    compute = processes.compute("fp32", "auto", accelerator.device)
+    chunks = evaluation.answered(
+        network, prepared, prepared.questions("test", asked=True), accelerator=accelerator, compute=compute
+    )
+    next(chunks)
+    assert not network.training
+    chunks.close()
+    assert network.training

@@ -27,7 +27,7 @@ from surgvqa import checkpoint, corrupt, datasets, grounding, processes, recipe,
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
-from surgvqa.endings import Ending, Preempted, Stop, leave_code
+from surgvqa.endings import Ending, Preempted, Stop, StorageFailure, is_storage, leave_code
 from surgvqa.metrics import Prediction
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared, prepare
@@ -474,8 +474,20 @@ def _claim(source: Source) -> None:
     if trained or (run.is_dir() and any(run.iterdir()) and not told.is_file()):
         what = "holds another run" if trained else "holds other things"
         raise BadInput(f"{run} {what}; choose a folder of its own for the results with --out")
+    settings = replaced(source.settings, f"output={json.dumps(str(run))}")
+    if told.is_file():
+        others = [
+            each
+            for each in recipe.load(told).differences(settings)
+            if each.startswith(("model.name", "model.revision", "data."))
+        ]
+        if others:
+            raise BadInput(
+                f"{run} holds results of another model or of other data: {'; '.join(others)}; "
+                "choose another folder with --out"
+            )
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(told, replaced(source.settings, f"output={json.dumps(str(run))}").dump())
+    checkpoint.write_text(told, settings.dump())
 
 
 @contextlib.contextmanager
@@ -533,4 +545,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Ending as error:
         log.error("%s", error)
         return leave_code(error.exit_code)
+    except OSError as error:
+        if not is_storage(error):
+            raise
+        log.error("%s: %s; make room, and the same command goes on", error.filename, error.strerror)
+        return leave_code(StorageFailure.exit_code)
     return leave_code(0)

@@ -208,6 +208,7 @@ def clear(run: Path) -> None:
         SKIPPED,
         *RECORDS,
         "predictions*.jsonl",
+        "predictions*.partial",
         "scores*.json",
         events,
         traces,

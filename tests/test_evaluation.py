@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from conftest import write_jsonl
 from PIL import Image
 
-from surgvqa import cli, evaluation, processes, recipe, results, train
+from surgvqa import cli, evaluation, processes, recipe, results, slurm, train
 from surgvqa.endings import Preempted
 from surgvqa.evaluation import evaluate, opened
 from surgvqa.prepare import Prepared, prepare
@@ -107,6 +108,7 @@ def test_a_published_model_is_evaluated_with_a_recipe(
     )  # fmt: skip
     assert answers == found.evaluation().predictions
     assert cli.main([*command, f"output={tmp_path / 'exp'}", "--split", "test"]) == 0  # again, into its own
+    assert slurm.look(folder, {}).state == "evaluated"
 
 
 def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> None:
@@ -123,6 +125,11 @@ def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> Non
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(BadInput, match="mine holds other things; choose a folder of its own"):
         evaluate("tiny-qwen3-vl", "test", recipe=recipe_file, output=tmp_path / "mine")
+    evaluate("tiny-qwen3-vl", "test", recipe=recipe_file, output=tmp_path / "qwen3")
+    with pytest.raises(
+        BadInput, match=r"qwen3 holds results of another model .*'tiny-qwen3-vl' → 'tiny-qwen2"
+    ):
+        evaluate("tiny-qwen2-vl", "test", recipe=recipe_file, output=tmp_path / "qwen3")
     with pytest.raises(BadInput, match="run holds another run; choose a folder of its own"):
         evaluate("tiny-qwen3-vl", "test", recipe=recipe_file, output=run)
     weights = run / "checkpoints" / "step-000002" / "adapter_model.safetensors"
@@ -357,3 +364,11 @@ def test_the_model_is_left_in_the_mode_it_was_in(home: Path) -> None:
     assert not network.training
     chunks.close()
     assert network.training
+
+
+def test_a_full_disk_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(run / "predictions.jsonl.partial"))
+
+    monkeypatch.setattr(evaluation.Begun, "keep", full)
+    assert cli.main(["evaluate", str(run), "--split", "test"]) == 3

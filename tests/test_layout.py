@@ -15,16 +15,16 @@ from surgvqa import recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
-    "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "scan", "grounding",
-    "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "hub", "findings", "tokens",
-    "tree", "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint", "decode",
-    "prepare", "evaluation", "evaluate", "banner", "lock", "run", "peers", "replay", "train", "show",
-    "launch", "slurm", "cli",
+    "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "corrupt", "scan",
+    "grounding", "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "hub", "findings",
+    "tokens", "tree", "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint",
+    "decode", "prepare", "evaluation", "evaluate", "banner", "lock", "run", "peers", "replay", "train",
+    "show", "launch", "slurm", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
-    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "scan", "grounding", "metrics",
-    "scores", "results", "comparison", "audit", "hub", "findings", "launch", "slurm", "cli",
+    "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "corrupt", "scan", "grounding",
+    "metrics", "scores", "results", "comparison", "audit", "hub", "findings", "launch", "slurm", "cli",
 ]  # fmt: skip
 
 

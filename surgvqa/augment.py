@@ -59,7 +59,7 @@ def endoscopy(seed: int, epoch: int, key: str, boxes: Sequence[tuple[Canvas, Box
     half of each, the first that is drawn; with none in ten, only the colours change.
     """
     digest = hashlib.sha256(f"{seed}:{epoch}:{key}".encode(errors="surrogateescape")).digest()
-    rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest)))
+    rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
     brightness, contrast, saturation = rng.uniform(1 - MOST_COLOUR, 1 + MOST_COLOUR, 3).tolist()
     colours = Augmentation(brightness=brightness, contrast=contrast, saturation=saturation)
     for _ in range(TRIES):

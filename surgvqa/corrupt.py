@@ -138,7 +138,7 @@ def _jpeg(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Ima
 
 def _dark(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
     picture = DARK[level] * _shares(image)
-    spread = (picture / PHOTONS[level] + (NOISE[level] / 10) ** 2) ** 0.5
+    spread = (picture / np.float32(PHOTONS[level]) + (NOISE[level] / 10) ** 2) ** 0.5
     return _image(picture + spread * _normal(rng, picture))
 
 
@@ -267,7 +267,7 @@ def _sampled(field: Array, rows: Array, columns: Array) -> Array:
 
 def _shares(image: Image.Image) -> Array:
     """(rows, columns, 3), 1 is white."""
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image, np.float32) / np.float32(255)
 
 
 def _image(shares: Array) -> Image.Image:

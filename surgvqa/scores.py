@@ -429,6 +429,33 @@ def score(
     return result
 
 
+def values(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
+    """`n`, `exact`, `prior` and every other score that applies to the questions as a whole; no intervals.
+
+    None where a score is not defined. `boxes` is how many questions expect boxes, where any does.
+    """
+    scored = Scored(predictions, prior if prior.overall else None)
+    told = {name: value for tally in scored.overall.scores for name, value in tally.told().items()}
+    boxes = scored.boxes(scored.overall.rows)
+    return {
+        "n": len(predictions),
+        "exact": None,
+        "prior": None,
+        **told,
+        **({"boxes": boxes} if boxes else {}),
+    }
+
+
+def why_not(name: str, predictions: Sequence[Prediction]) -> str | None:
+    """Why a score does not apply to the questions as a whole, whatever their answers; None where it does."""
+    overall = Scored(predictions).overall
+    if any(name in tally.names for tally in overall.scores):
+        return None
+    families = {**dict.fromkeys(CLASSES, "class scores"), "ece": "calibration", "auroc": "auroc"}
+    families |= {"iou": "boxes", "ap50": "boxes"}
+    return overall.absent[families.get(name, "text scores")]
+
+
 def _described(scored: Scored, bucket: Bucket, samples: Mapping[int, Array]) -> dict[str, Any]:
     n, groups = len(bucket.rows), len(np.unique(scored.group[bucket.rows]))
     described: dict[str, Any] = {"n": n, "few": n < FEW, "groups": groups, "few_groups": groups < FEW_GROUPS}

@@ -88,9 +88,12 @@ class Sheet:
         more = len(self.questions.examples[number].images) - len(frames)
         texts = [
             *((line, "black") for line in self._lines(prediction.question)),
-            *((line, "gray") for line in self._lines(" | ".join(prediction.references))),
-            *((line, "green" if right else "crimson") for line in self._lines(prediction.answer or "-")),
-            *([(f"({more} more images)", "gray")] if more else []),
+            *((line, "dimgray") for line in self._lines(f"reference: {' | '.join(prediction.references)}")),
+            *(
+                (line, "green" if right else "crimson")
+                for line in self._lines(f"answer: {prediction.answer}")
+            ),
+            *([(f"({more} more images)", "dimgray")] if more else []),
         ]
         height = sum(frame.height + MARGIN for frame in frames) + len(texts) * (SIZE + 5) + 2 * MARGIN
         column, y = Image.new("RGB", (WIDTH + 2 * MARGIN, height), "white"), MARGIN

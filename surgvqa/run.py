@@ -471,12 +471,13 @@ class Records:
         if not self.writes:
             return
         part, metric = settings.split, settings.metric
+        tag = "train-evaluated" if part == "train" else part  # train/loss is each step's
         _append(self.files[EVALUATIONS], {"step": step, "split": part, **row})
         for name, value in row.items():
             if name not in ("n", "boxes") and value is not None:
-                self.board.add_scalar(f"{part}/{name}", value, step)
+                self.board.add_scalar(f"{tag}/{name}", value, step)
         if picture is not None:
-            self.board.add_image(f"{part}/examples", np.asarray(picture), step, dataformats="HWC")
+            self.board.add_image(f"{tag}/examples", np.asarray(picture), step, dataformats="HWC")
         named = [name for name in dict.fromkeys(("loss", metric)) if name != "exact"]
         told = [f"{name} {row[name]:.4f}" if row[name] is not None else f"{name} -" for name in named]
         self.console.print(

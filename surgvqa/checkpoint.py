@@ -6,7 +6,8 @@
         step-000200/                 adapter_model.safetensors or model.safetensors, tokenizer, processor,
                                      recipe.yaml, optimizer.safetensors, state.json, manifest.json
 
-state.json holds the step, a digest of the training data and, where it was evaluated, the score.
+state.json holds the step, a digest of the training data and, where it was evaluated, the score (the higher
+the better: a loss is made negative); and what scores are judged by: the metric, a digest of the questions.
 
 The manifest holds size and SHA-256 of every other file. A folder counts only if all of them agree, and if it
 holds plain files alone, no pickles among them. What a killed run leaves is put in order at the next start;
@@ -274,6 +275,14 @@ def score(folder: Path) -> float:
         return -math.inf
 
 
+def judged(folder: Path) -> Any:
+    """What a checkpoint's score was judged by; only scores of the same can be compared."""
+    try:
+        return json.loads((folder / STATE).read_text(encoding="utf-8")).get("judged")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
 def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe that a checkpoint was trained with. Raises BadInput where this version cannot read it."""
     overrides = list(overrides)
@@ -292,10 +301,17 @@ def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def best(root: Path, up_to: int | None = None) -> Path | None:
-    """The checkpoint with the highest score, the earliest of several; None where none was evaluated."""
-    folders = [folder for step, folder in steps(root) if up_to is None or step <= up_to]
-    top = max(folders, key=score, default=None)
-    return top if top is not None and score(top) > -math.inf else None
+    """The checkpoint with the highest score, the earliest of several; None where none was evaluated.
+
+    Where they were judged by different things, of those judged as the last.
+    """
+    scored = [
+        folder
+        for step, folder in steps(root)
+        if (up_to is None or step <= up_to) and score(folder) > -math.inf
+    ]
+    comparable = [folder for folder in scored if judged(folder) == judged(scored[-1])]
+    return max(comparable, key=score, default=None)
 
 
 def chosen(run: Path) -> Path:

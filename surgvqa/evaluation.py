@@ -28,6 +28,7 @@ from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
 from surgvqa.endings import Ending, Preempted, Stop, StorageFailure, is_storage, leave_code
+from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared, prepare
@@ -488,6 +489,46 @@ def _claim(source: Source) -> None:
             )
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(told, settings.dump())
+
+
+@torch.inference_mode()
+def loss_of_part(
+    loss: TreeLoss,
+    prepared: Prepared,
+    questions: Questions,
+    *,
+    accelerator: Accelerator,
+    stop: Stop | None = None,
+) -> float:
+    """Mean cross entropy of the reference answers (`answers[0]`) in nats, by all processes together.
+
+    Each question counts once, weighted as the recipe's `loss.per` says, with the pictures that evaluation
+    shows and without dropout. `loss` is the network's own, not one that DDP wraps. Raises Preempted, on all
+    processes together, where any was asked to stop.
+    """
+    plan, world, device = prepared.plan(questions), accelerator.num_processes, accelerator.device
+    groups = trees_of(plan.image) if plan.trees else [[question] for question in range(len(questions))]
+    starts = range(0, len(groups), _TREES_AT_ONCE * world)
+    shares = (
+        plan.share(groups[start : start + starts.step], world)[accelerator.process_index] for start in starts
+    )
+    jobs = (
+        ((index == len(mine) - 1, bool(micro_batch)), micro_batch or [groups[0][:1]], None)
+        for mine in shares
+        for index, micro_batch in enumerate(mine)
+    )
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    was_training = loss.model.training
+    loss.model.eval()
+    try:
+        workers = processes.data_workers(prepared.recipe.data.workers, device)
+        for (last, counts), pack in packs(questions, jobs, workers=workers, cuda=device.type == "cuda"):
+            nats += loss(pack.to(device)).double() * counts
+            if last and stop is not None and processes.anywhere(accelerator, bool(stop)):
+                raise Preempted("stopped while evaluating; the same command goes on")
+    finally:
+        loss.model.train(was_training)
+    return float(accelerator.reduce(nats, "sum")) / float(questions.total_weights.sum())
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Predictions, exact match, and the prior that needs no image: what training looks at. Imports no torch."""
+"""Predictions, exact match, the prior that needs no image, boxes that match. Imports no torch."""
 
 from __future__ import annotations
 
@@ -67,36 +67,6 @@ class Prior:
 
 def _majority(counter: Counter[str]) -> str:
     return min(counter, key=lambda answer: (-counter[answer], answer), default="")
-
-
-def scores(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
-    """`{"overall": {"n", "exact", "prior"}, "by_type": {type: {...}}}`: shares of 1, unrounded.
-
-    Where references have boxes also `boxes`, how many questions do, and `iou`: over these the mean of
-    the matched boxes' IoU, summed and divided by the number of boxes in the answer or in the reference,
-    whichever is larger.
-    """
-    by_type: dict[str, list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
-        by_type[prediction.question_type].append(prediction)
-    return {
-        "overall": _score(predictions, prior),
-        "by_type": {kind: _score(by_type[kind], prior) for kind in sorted(by_type)},
-    }
-
-
-def _score(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
-    n = len(predictions)
-    right = sum(exact(row.answer, row.references) for row in predictions)
-    guessed = sum(exact(prior.answer(row.question, row.question_type), row.references) for row in predictions)
-    found = {"n": n, "exact": right / n if n else None, "prior": guessed / n if n and prior.overall else None}
-    overlaps = [
-        sum(matches(row.regions or [], row.reference_regions))
-        / max(len(row.regions or []), len(row.reference_regions))
-        for row in predictions
-        if row.reference_regions
-    ]
-    return {**found, "boxes": len(overlaps), "iou": sum(overlaps) / len(overlaps)} if overlaps else found
 
 
 def matches(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from PIL import Image
 
 from surgvqa import corrupt, datasets, hub, letterbox, model
 from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
+from surgvqa.datasets.splits import position
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
 from surgvqa.processes import main_first
@@ -54,16 +55,18 @@ class Prepared:
     """What was found to fit; None before that is known."""
 
     def questions(self, part: Part, most: int | None = None, *, asked: bool = False) -> Questions:
-        """The questions of a part; with `most`, that many, of images drawn by the recipe's seed.
+        """The questions of a part; with `most`, that many, drawn by the recipe's seed, see `_some`.
 
         `asked`: to be answered as the recipe's `eval` says: with labels or without, in a cascade or not.
+        Class weights are for training alone.
         """
         examples = self.dataset.part(part)
         if self.recipe.eval.cascade != "none" if asked else self.recipe.train.cascade:
             examples = datasets.in_context(examples, {each.id: each.answers[0].strip() for each in examples})
         if most is not None and most < len(examples):
             examples = _some(examples, most, self.recipe.train.seed)
-        return self.posed(examples, asked=asked, weights=self.answer_weights() if part == "train" else {})
+        weights = self.answer_weights() if part == "train" and not asked else {}
+        return self.posed(examples, asked=asked, weights=weights)
 
     def posed(
         self,
@@ -196,6 +199,26 @@ class Prepared:
             "kinds": _digest((e.id, e.question_type, e.stage, e.image_key) for e in ordered),
             "images": _digest((e.id, [self.digests[image.key] for image in e.images]) for e in ordered),
         }
+
+    def judged(self, questions: Questions) -> dict[str, str]:
+        """What makes scores of evaluations comparable: the metric, and a digest of what is asked and how."""
+        ignored = {"every", "split", "questions", "metric", "keep_best", "patience", "final"}
+        how = self.recipe.eval.model_dump(exclude=ignored)
+        labels = questions.labels or [()] * len(questions)
+        asked = sorted(zip(questions.examples, labels, strict=True), key=lambda row: row[0].id)
+        rows = (
+            (
+                e.id,
+                e.question,
+                e.answers,
+                e.regions,
+                e.asked_regions,
+                [self.digests[image.key] for image in e.images],
+                [*own],
+            )
+            for e, own in asked
+        )
+        return {"metric": self.recipe.eval.metric, "questions": _digest([how, *rows])}
 
     def class_of(self, example: datasets.Example) -> str:
         """What data.balance makes equally frequent of an example."""
@@ -330,9 +353,37 @@ def _digest(values: Iterable[object]) -> str:
 
 
 def _some(examples: list[datasets.Example], most: int, seed: int) -> list[datasets.Example]:
-    """Exactly `most` examples, of as few images as that takes, in their own order."""
-    keys = list(dict.fromkeys(example.image_key for example in examples))
-    order = np.random.Generator(np.random.PCG64(seed)).random(len(keys)).argsort()
-    rank = {keys[int(key)]: place for place, key in enumerate(order)}
-    drawn = sorted(range(len(examples)), key=lambda index: (rank[examples[index].image_key], index))[:most]
+    """Exactly `most` examples in their own order, drawn by the seed; which, does not depend on that order.
+
+    Every question type has its share (`_shares`). Of each type they are the questions of the images that come
+    first in one order of all images, so that few images are needed.
+    """
+    by_type: dict[str, list[int]] = defaultdict(list)
+
+    def place(index: int) -> tuple[float, str, str, str]:
+        example = examples[index]
+        return position(example.image_key, seed), example.image_key, example.question, example.id
+
+    for index in sorted(range(len(examples)), key=place):
+        by_type[examples[index].question_type].append(index)
+    shares = _shares({kind: len(own) for kind, own in by_type.items()}, most)
+    drawn = (index for kind, own in by_type.items() for index in own[: shares[kind]])
     return [examples[index] for index in sorted(drawn)]
+
+
+def _shares(counts: Mapping[str, int], most: int) -> dict[str, int]:
+    """`most`, fewer than there are, shared out in proportion to the counts.
+
+    By the largest remainder (Hamilton's method of apportionment). Where all can have one, each of those left
+    without gets one of the largest share.
+    """
+    total = sum(counts.values())
+    shares = {kind: most * count // total for kind, count in counts.items()}
+    by_remainder = sorted(counts, key=lambda kind: (-(most * counts[kind] % total), kind))
+    for kind in by_remainder[: most - sum(shares.values())]:
+        shares[kind] += 1
+    for kind in sorted(kind for kind, share in shares.items() if not share):
+        if most >= len(counts):
+            shares[max(shares, key=lambda other: (shares[other], other))] -= 1
+            shares[kind] = 1
+    return shares

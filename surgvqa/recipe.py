@@ -24,6 +24,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 Part = Literal["train", "val", "test"]
 
+Metric = Literal[
+    "exact", "loss",
+    "macro_precision", "macro_recall", "macro_f1", "balanced_accuracy", "ssg_map", "ssg_maf1", "ssg_wf1",
+    "bleu1", "bleu2", "bleu3", "bleu4", "rouge1", "rouge2", "rougeL", "meteor_stem", "cider",
+    "ece", "auroc", "iou", "ap50",
+]  # fmt: skip
+"""What evaluation during training can be judged by: the validation loss, and the scores of surgvqa.scores."""
+
+SMALLER_IS_BETTER = ("loss", "ece")
+"""Of the metrics; of all others the larger value is the better."""
 
 _TABLES = ("jsonl", "csv", "parquet", "json")
 
@@ -384,11 +394,15 @@ class Eval(_Section):
     split: Part = "val"
     """Part to evaluate during training."""
     questions: int | None = Field(None, ge=1)
-    """How many questions of it, a seeded choice; null: all."""
-    metric: Literal["exact"] = "exact"
-    """What `keep_best` compares."""
+    """How many questions of it: a seeded choice in which every question type has its share, and at least one
+    where there is room; null: all."""
+    metric: Metric = "exact"
+    """What `keep_best` and `patience` compare: `loss` (of the reference answers, on the same questions) and
+    `ece`, the smaller the better, or another score of docs/metrics.md that applies to the questions."""
     keep_best: bool = True
     """Keep the best checkpoint, and use it for the final evaluation."""
+    patience: int | None = Field(None, ge=1)
+    """Stop early: end the training after so many evaluations in a row without a new best; null: never."""
     final: Part | None = "test"
     """Part to evaluate when training ends; null: none."""
     answers: Literal["generate", "labels"] = "generate"
@@ -529,6 +543,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append(f"model.revision: {model.name} is no hub id, so it has none")
     if recipe.eval.every and recipe.eval.cascade == "answers" and recipe.eval.questions:
         found.append("eval.questions: is for cascade none or references; answers needs all questions")
+    if recipe.eval.patience and not (recipe.eval.every and recipe.eval.keep_best):
+        lacking = "eval.every" if recipe.eval.keep_best else "eval.keep_best: true"
+        found.append(f"eval.patience: counts evaluations without a new best, so it needs {lacking}")
     if recipe.eval.every and recipe.eval.keep_best and recipe.eval.split == recipe.eval.final:
         found.append(
             "eval.keep_best: would choose the checkpoint on the part that eval.final then scores it on; "

@@ -17,7 +17,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from accelerate import Accelerator
+from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,7 +28,8 @@ from surgvqa.datasets import Problem
 from surgvqa.endings import ENDED
 from surgvqa.lock import METRICS, Lock
 from surgvqa.processes import main_first
-from surgvqa.recipe import BadInput, Log, Recipe
+from surgvqa.recipe import BadInput, Eval, Log, Recipe
+from surgvqa.scores import percent
 from surgvqa.terminal import Console
 
 log = logging.getLogger("surgvqa")
@@ -68,7 +71,9 @@ class Resume:
     step: int
     folder: Path
     best: float
-    """The best score so far."""
+    """The best score so far, by what is now judged by."""
+    stale: int
+    """How many evaluations in a row had none better."""
     skipped: int
     """How many of the last steps had no finite gradients."""
     settled: bool
@@ -93,6 +98,8 @@ class _State(BaseModel):
     settled: bool
     fitted: list[int | str]
     adapter: dict[str, str] | None = None
+    judged: dict[str, str] | None = None
+    stale: int = 0
 
 
 def claim(run: Path) -> Lock:
@@ -154,14 +161,14 @@ def _foreign(run: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def owned(run: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the run's folder, and leave in it how the run ended."""
+def owned(run: Path, accelerator: Accelerator) -> Iterator[list[str]]:
+    """Hold the run's folder, and leave in it how the run ended: in the words put into what this gives."""
     locks: list[Lock] = []
     main_first(accelerator, lambda: locks.append(claim(run)))
-    code, reason = 1, "interrupted"
+    code, reason, told = 1, "interrupted", list[str]()
     try:
-        yield
-        code, reason = 0, "done"
+        yield told
+        code, reason = 0, "; ".join(told) or "done"
     except Exception as error:
         if isinstance(error, OSError) and endings.is_storage(error):
             full = f"{error.filename or run}: {error.strerror}; make room, and the same command goes on"
@@ -218,11 +225,16 @@ def clear(run: Path) -> None:
 
 
 def resumable(
-    run: Path, settings: Recipe, fingerprint: Mapping[str, str | int], accept_changes: bool = False
+    run: Path,
+    settings: Recipe,
+    fingerprint: Mapping[str, str | int],
+    accept_changes: bool = False,
+    judged: Mapping[str, str] | None = None,
 ) -> Resume | None:
     """The newest checkpoint that is whole. Raises BadInput where it is another experiment's.
 
-    With `accept_changes` it goes on all the same, unless other weights would train.
+    With `accept_changes` it goes on all the same, unless other weights would train. `judged` is what
+    evaluations will be judged by: scores by anything else are forgotten.
     """
     root = run / "checkpoints"
     folder, rejected = checkpoint.newest(root)
@@ -254,7 +266,8 @@ def resumable(
     return Resume(
         step,
         folder,
-        checkpoint.score(top) if top else -math.inf,
+        checkpoint.score(top) if top and checkpoint.judged(top) == judged else -math.inf,
+        state.stale if state.judged == judged else 0,
         state.skipped,
         state.settled,
         norms[-RECENT:],
@@ -452,16 +465,27 @@ class Records:
             with (self.run / UNUSUAL).open("a", encoding="utf-8") as file:
                 _append(file, {"step": step, "what": what, "ids": ids})
 
-    def evaluation(self, step: int, part: str, result: dict[str, Any]) -> None:
-        """A line of eval.jsonl."""
+    def evaluation(
+        self, step: int, settings: Eval, row: Mapping[str, Any], picture: Image | None = None
+    ) -> None:
+        """A line of eval.jsonl, the same in TensorBoard with the picture, and a line to read."""
         if not self.writes:
             return
-        _append(self.files[EVALUATIONS], {"step": step, "split": part, **result})
-        self.board.add_scalar(f"{part}/exact", result["exact"], step)
+        part, metric = settings.split, settings.metric
+        tag = "train-evaluated" if part == "train" else part  # train/loss is each step's
+        _append(self.files[EVALUATIONS], {"step": step, "split": part, **row})
+        for name, value in row.items():
+            if name not in ("n", "boxes") and value is not None:
+                self.board.add_scalar(f"{tag}/{name}", value, step)
+        if picture is not None:
+            self.board.add_image(f"{tag}/examples", np.asarray(picture), step, dataformats="HWC")
+        named = [name for name in dict.fromkeys(("loss", metric)) if name != "exact"]
+        told = [f"{name} {row[name]:.4f}" if row[name] is not None else f"{name} -" for name in named]
         self.console.print(
-            f"step {step}: {part} exact {100 * result['exact']:.1f} % of {result['n']} "
-            f"(prior {100 * result['prior']:.1f} %)",
+            f"step {step}: {part} {', '.join(told)}, exact {percent(row['exact'])} % of {row['n']} "
+            f"(prior {percent(row['prior'])} %)",
             highlight=False,
+            soft_wrap=True,
         )
 
     def saved(self, written: checkpoint.Written) -> None:

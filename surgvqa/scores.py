@@ -70,7 +70,10 @@ class Scored:
     same `groups`, and so the same resamples.
     """
 
-    def __init__(self, predictions: Sequence[Prediction], prior: Prior | None = None) -> None:
+    def __init__(
+        self, predictions: Sequence[Prediction], prior: Prior | None = None, *, whole: bool = False
+    ) -> None:
+        """`whole`: only as a whole, not by question type."""
         self.predictions = predictions
         self.groups = sorted({group_of(row) for row in predictions})
         numbers = {group: number for number, group in enumerate(self.groups)}
@@ -79,7 +82,7 @@ class Scored:
         self.guessed = None if prior is None else _guesses(predictions, prior)
         self._words = np.array([len(normalise(row.references[0]).split()) for row in predictions])
         by_type: dict[str, list[int]] = defaultdict(list)
-        for number, row in enumerate(predictions):
+        for number, row in enumerate(() if whole else predictions):
             by_type[row.question_type].append(number)
         rows = {kind: np.array(by_type[kind], dtype=np.intp) for kind in sorted(by_type)}
         everything = np.arange(len(predictions))
@@ -427,6 +430,33 @@ def score(
     if len({row.image for row in predictions}) > len(scored.groups):
         result["by_group"] = _by_group(scored)
     return result
+
+
+def values(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
+    """`n`, `exact`, `prior` and every other score that applies to the questions as a whole; no intervals.
+
+    None where a score is not defined. `boxes` is how many questions expect boxes, where any does.
+    """
+    scored = Scored(predictions, prior if prior.overall else None, whole=True)
+    told = {name: value for tally in scored.overall.scores for name, value in tally.told().items()}
+    boxes = scored.boxes(scored.overall.rows)
+    return {
+        "n": len(predictions),
+        "exact": None,
+        "prior": None,
+        **told,
+        **({"boxes": boxes} if boxes else {}),
+    }
+
+
+def why_not(name: str, predictions: Sequence[Prediction]) -> str | None:
+    """Why a score does not apply to the questions as a whole, whatever their answers; None where it does."""
+    overall = Scored(predictions, whole=True).overall
+    if any(name in tally.names for tally in overall.scores):
+        return None
+    families = {**dict.fromkeys(CLASSES, "class scores"), "ece": "calibration", "auroc": "auroc"}
+    families |= {"iou": "boxes", "ap50": "boxes"}
+    return overall.absent[families.get(name, "text scores")]
 
 
 def _described(scored: Scored, bucket: Bucket, samples: Mapping[int, Array]) -> dict[str, Any]:

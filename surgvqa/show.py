@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.text import Text
 
-from surgvqa import grounding, letterbox
+from surgvqa import grounding, letterbox, pictures
 from surgvqa.augment import Augmented, Placement
 from surgvqa.datasets import Example
 from surgvqa.plan import trees_of
@@ -23,8 +23,6 @@ from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Part, Recipe
 from surgvqa.terminal import Console
 from surgvqa.tree import Questions, pack
-
-BOX_COLOURS = {"asked": "yellow", "answered": "lime"}
 
 STYLES = {"root": "cyan", "prompt": "yellow", "supervised": "bold green", "rest": "dim"}
 
@@ -114,7 +112,6 @@ def show(
 
 def _outline(drawn: Image.Image, canvas: Placement, examples: Sequence[Example], number: int) -> str:
     """Draw the boxes in image `number` as the model is told them; returns how many have which colour."""
-    pen = ImageDraw.Draw(drawn)
     counts: Counter[str] = Counter()
     for example in examples:
         boxes = [("asked", region, region.label) for region in example.asked_regions]
@@ -122,12 +119,9 @@ def _outline(drawn: Image.Image, canvas: Placement, examples: Sequence[Example],
         for kind, region, label in boxes:
             if region.image == number:
                 told = grounding.on_canvas(region, canvas).box
-                x1, y1, x2, y2 = map(round, grounding.in_pixels(told, canvas))
-                colour = BOX_COLOURS[kind]
-                pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
-                pen.text((x1 + 4, y1 + 2), label, fill=colour, stroke_width=1, stroke_fill="black")
+                pictures.outline(drawn, grounding.in_pixels(told, canvas), label, pictures.COLOURS[kind])
                 counts[kind] += 1
-    return ", ".join(f"{count} {kind} ({BOX_COLOURS[kind]})" for kind, count in counts.items())
+    return ", ".join(f"{count} {kind} ({pictures.COLOURS[kind]})" for kind, count in counts.items())
 
 
 def _segments(questions: Questions, chosen: Sequence[int], epoch: int | None) -> list[Segment]:

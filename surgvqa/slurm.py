@@ -273,11 +273,7 @@ def _queue() -> dict[str, Queued]:
 
 def _total(folder: Path, last: dict[str, Any]) -> int | None:
     """How many steps the whole run has, from its recipe and its last step."""
-    file = folder / "recipe.yaml"
-    try:
-        settings = recipe.load(file) if file.is_file() else None
-    except BadInput:
-        settings = None
+    settings = _recipe(folder)
     if settings is None:
         return None
     if settings.train.max_steps:
@@ -286,17 +282,30 @@ def _total(folder: Path, last: dict[str, Any]) -> int | None:
     return round(step / epoch) * settings.train.epochs if step and epoch and epoch > 1e-9 else None
 
 
+def _recipe(folder: Path) -> recipe.Recipe | None:
+    """A run's recipe; None where there is none that can be read."""
+    try:
+        file = folder / "recipe.yaml"
+        return recipe.load(file) if file.is_file() else None
+    except BadInput:
+        return None
+
+
 def _best(folder: Path) -> str:
-    """The final score where there is one, and the best of those on the way."""
+    """The final score where there is one, and of those on the way the best by the recipe's eval.metric."""
     told = []
     scores = content(folder / "scores.json")
     overall = scores.get("overall")
     if isinstance(overall, dict) and (exact := _number(overall.get("exact"))) is not None:
         told.append(f"{scores.get('split', 'final')} {exact:.1%}")
-    known = [row for row in rows(folder / "eval.jsonl") if _number(row.get("exact")) is not None]
+    settings = _recipe(folder)
+    metric = settings.eval.metric if settings else "exact"
+    known = [row for row in rows(folder / "eval.jsonl") if _number(row.get(metric)) is not None]
     if known:
-        top = max(known, key=lambda row: float(row["exact"]))
-        told.append(f"{top.get('split', 'val')} {top['exact']:.1%} at step {top.get('step', '?')}")
+        pick = min if metric in recipe.SMALLER_IS_BETTER else max
+        top = pick(known, key=lambda row: float(row[metric]))
+        value = f"{top[metric]:.1%}" if metric == "exact" else f"{metric} {top[metric]:.4f}"
+        told.append(f"{top.get('split', 'val')} {value} at step {top.get('step', '?')}")
     return ", ".join(told)
 
 

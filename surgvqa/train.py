@@ -19,14 +19,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from surgvqa import checkpoint, evaluation, hub, memory, metrics, model, processes, recipe
+from surgvqa import checkpoint, evaluation, hub, memory, model, processes, recipe
 from surgvqa.banner import banner
 from surgvqa.endings import Ending, NumericFailure, Preempted, Stop, leave_code
 from surgvqa.flops import Speed
@@ -50,6 +49,7 @@ from surgvqa.run import (
 )
 from surgvqa.terminal import Console
 from surgvqa.tree import packs, workers_watched
+from surgvqa.validation import Validation
 
 log = logging.getLogger("surgvqa")
 
@@ -79,10 +79,13 @@ def train(settings: Recipe, *, fresh: bool = False, accept_changes: bool = False
     run, ending = Path(settings.output), None
     with Stop(settings.train.max_hours) as stop:
         accelerator = processes.start(settings.model.name)
-        with owned(run, accelerator), Peers(accelerator, settings.train.peer_timeout, run) as peers:
+        with (
+            owned(run, accelerator) as ended,
+            Peers(accelerator, settings.train.peer_timeout, run) as peers,
+        ):
             try:
                 with workers_watched():
-                    _train(settings, run, fresh, accept_changes, accelerator, stop, peers)
+                    ended += [_train(settings, run, fresh, accept_changes, accelerator, stop, peers)]
             except Preempted as error:
                 ending = Preempted(str(error))  # without the frames, which hold the wrapped model
                 stop.obeyed()
@@ -100,7 +103,8 @@ def _train(
     accelerator: Accelerator,
     stop: Stop,
     peers: Peers,
-) -> None:
+) -> str:
+    """What `train` does; returns how it ended."""
     main, world, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     console = Console(quiet=not main)
 
@@ -109,7 +113,7 @@ def _train(
     prepared = prepare(settings, accelerator, progress=main)
     questions = prepared.questions("train")
     plan = prepared.plan(questions)
-    validation = _validation(prepared) if settings.eval.every else None
+    validation = Validation(prepared) if settings.eval.every else None
     final = None
     if settings.eval.final and prepared.dataset.part(settings.eval.final):
         final = prepared.questions(settings.eval.final, asked=True)
@@ -123,8 +127,9 @@ def _train(
     if fresh:
         main_first(accelerator, lambda: clear(run))
     fingerprint = prepared.fingerprint()
-    resume = main_first(accelerator, lambda: resumable(run, settings, fingerprint, accept_changes))
-    start, best = (resume.step, resume.best) if resume else (0, -math.inf)
+    judged = validation.judged if validation else None
+    resume = main_first(accelerator, lambda: resumable(run, settings, fingerprint, accept_changes, judged))
+    start, best, stale = (resume.step, resume.best, resume.stale) if resume else (0, -math.inf, 0)
     evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
     main_first(accelerator, lambda: _room(prepared, start, total, evaluate_every, resume))
     # A run that goes on has all it needs in its own checkpoints.
@@ -178,6 +183,8 @@ def _train(
             "step": step,
             "data": fingerprint,
             "score": score,
+            "judged": judged,
+            "stale": stale,
             "skipped": skipped,
             "settled": settled,
             "adapter": adapter,
@@ -195,22 +202,25 @@ def _train(
 
     def settle(step: int) -> None:
         """Evaluate and save after a step, where it is time for either."""
-        nonlocal best, saved
-        score = None
+        nonlocal best, stale, saved
+        score: float | None = None
+        improved = False
         if validation and (step % evaluate_every == 0 or step == total):
-            answers = evaluation.predict(
-                network, prepared, validation, accelerator=accelerator, compute=compute, stop=stop
-            )
-            result = metrics.scores(answers, prior)["overall"]
-            records.evaluation(step, settings.eval.split, result)
-            score = result[settings.eval.metric] if settings.eval.keep_best else None
-        improved = score is not None and score > best
-        best = max(best, score if score is not None else -math.inf)
-        if improved or step == total or step % (settings.checkpoint.every or total) == 0:
+            found = validation.look(tree_loss, prepared, accelerator=accelerator, compute=compute, stop=stop)
+            records.evaluation(step, settings.eval, found.row, found.picture)
+            if settings.eval.keep_best:
+                score = found.score
+                improved = score is not None and score > best
+                best, stale = (score, 0) if score is not None and improved else (best, stale + 1)
+        if improved or over(step) or step % (settings.checkpoint.every or total) == 0:
             main_first(accelerator, lambda: save(step, score, settled=True))
             saved = step
 
-    skipped, prior = resume.skipped if resume else 0, prepared.prior()
+    def over(step: int) -> bool:
+        """Whether training ends after a step, early or not."""
+        return step >= total or (settings.eval.patience is not None and stale >= settings.eval.patience)
+
+    skipped = resume.skipped if resume else 0
     norms = deque(resume.norms if resume else [], maxlen=RECENT)
     speed = Speed(network, questions, device, settings.train.precision, world)
     workers = processes.data_workers(settings.data.workers, device)
@@ -233,7 +243,7 @@ def _train(
                 raise Preempted
             if not settled:
                 settle(start)
-            for step in range(start, total):
+            while not over(step):
                 began = time.perf_counter()
                 trees = plan.step(step)
                 asked = [question for tree in trees for question in tree]
@@ -309,9 +319,14 @@ def _train(
             raise Preempted(f"stopped after step {step}{why}; the same command{how} goes on") from None
         main_first(accelerator, writer.wait)
 
+    outcome = "done"
+    if step < total:
+        waited = f"{stale} evaluation{'s' * (stale != 1)}"
+        outcome = f"stopped early at step {step}: no better {settings.eval.metric} for {waited}"
+        console.print(outcome, highlight=False, soft_wrap=True)
     if final and settings.eval.final:
         folder = main_first(accelerator, lambda: checkpoint.chosen(run))
-        if folder.name != checkpoint.folder_name(total):
+        if folder.name != checkpoint.folder_name(step):
             # Let go of the trained model first: two may not fit on the device.
             del loss_of, tree_loss, optimizer, parameters
             network = None
@@ -331,6 +346,7 @@ def _train(
     elif settings.eval.final:
         console.print(f"not evaluated: the {settings.eval.final} part holds no questions")
     console.print(f"run folder: {run}", soft_wrap=True)
+    return outcome
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
@@ -386,19 +402,6 @@ def _jobs(
         for index, micro_batch in enumerate(mine):
             job = Job(last=index == len(mine) - 1, share=float(bool(micro_batch)))
             yield job, micro_batch or [trees[0][:1]], plan.epoch(step)
-
-
-def _validation(prepared: Prepared) -> Any:
-    """The questions to evaluate on during training. Raises BadInput where there are none or too long."""
-    settings = prepared.recipe.eval
-    if not prepared.dataset.part(settings.split):
-        raise BadInput(
-            f"eval.every: the {settings.split} part holds no questions to evaluate on; "
-            "set eval.every: null, or data.split.by to image or group with enough in data.split.val"
-        )
-    questions = prepared.questions(settings.split, settings.questions, asked=True)
-    prepared.plan(questions)
-    return questions
 
 
 def _optimizer(settings: Recipe, parameters: dict[str, nn.Parameter], fused: bool) -> torch.optim.AdamW:

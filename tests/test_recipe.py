@@ -89,6 +89,11 @@ train: {lr: fast, epochs: 1.5, precision: fp16}
         ("data: {format: demo, revision: main}", "data.revision: is for a hub id"),
         ("eval: {every: 1, split: test}", "eval.keep_best: would choose the checkpoint on the part"),
         (
+            "eval: {patience: 2}",
+            "eval.patience: counts evaluations without a new best, so it needs eval.every",
+        ),
+        ("eval: {every: 1, patience: 2, keep_best: false}", "so it needs eval.keep_best: true"),
+        (
             "data: {format: demo, labels: {a: [x, ' x'], b: [], c: [''], d: [x, y]}}",
             "data.labels: a has 'x' more than once; b has none; list its answers or leave it out; c has an",
         ),

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from surgvqa import checkpoint, evaluation, flops, hub, metrics, model, recipe, terminal, train, tree
+from surgvqa import checkpoint, evaluation, flops, hub, model, recipe, scores, terminal, train, tree
 from surgvqa.endings import StorageFailure
 from surgvqa.memory import Fit
 from surgvqa.plan import trees_of
@@ -148,15 +148,9 @@ def test_the_best_checkpoint_is_kept_and_answers_at_the_end(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores that fall after step 2: its checkpoint outlives the newer ones and makes the predictions."""
-    scores = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2])
-    real = train.metrics.scores
+    told, real = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2]), scores.values
     monkeypatch.setattr(
-        train.metrics,
-        "scores",
-        lambda answers, prior: {
-            "overall": {**real(answers, prior)["overall"], "exact": next(scores, 0.0)},
-            "by_type": {},
-        },
+        scores, "values", lambda answers, prior: {**real(answers, prior), "exact": next(told, 0.0)}
     )
     run = train.train(
         settings(
@@ -548,15 +542,10 @@ def test_the_trained_model_is_let_go_before_the_best_one_is_loaded(
         return new
 
     monkeypatch.setattr(Prepared, "network", watched)
-    scores = iter([0.9, 0.1, 0.1, 0.1, 0.1])
-    told = metrics.scores
-
-    def falling(predictions: Any, prior: Any) -> Any:
-        result = told(predictions, prior)
-        result["overall"]["exact"] = next(scores)
-        return result
-
-    monkeypatch.setattr(metrics, "scores", falling)
+    told, real = iter([0.9, 0.1, 0.1, 0.1, 0.1]), scores.values
+    monkeypatch.setattr(
+        scores, "values", lambda answers, prior: {**real(answers, prior), "exact": next(told)}
+    )
     train.train(settings("eval.every=2", "eval.questions=2", "eval.final=test", "eval.max_new_tokens=2"))
     assert alive == [[], [False]]
 

@@ -131,13 +131,13 @@ def _hashed(name: str, split: Split) -> Part:
 
     The position of the name is below `test` → test, below `test + val` → val, else train.
     """
-    position = _position(name, split.seed)
-    return "test" if position < split.test else "val" if position < split.test + split.val else "train"
+    place = position(name, split.seed)
+    return "test" if place < split.test else "val" if place < split.test + split.val else "train"
 
 
-def _position(name: str, seed: int) -> float:
+def position(name: str, seed: int) -> float:
     """The first 8 bytes of SHA-256("seed:name") as a number in [0, 1)."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{name}".encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
@@ -167,7 +167,7 @@ def _stratified(examples: Sequence[Example], names: Sequence[str], split: Split)
             for kind, count in sorted(counts.items())
         )  # fmt: skip
 
-    order = sorted(classes, key=lambda name: (-classes[name].total(), _position(name, split.seed), name))
+    order = sorted(classes, key=lambda name: (-classes[name].total(), position(name, split.seed), name))
     for name in order:
         part_of[name] = min(open_parts, key=lambda part: rise(part, classes[name]))
         placed[part_of[name]].update(classes[name])

@@ -225,7 +225,7 @@ def test_clocks_zones_and_file_times_do_not_matter(hurt: Make, reference: Path) 
 ANSWERS = """
 import json, sys
 from pathlib import Path
-from surgvqa import evaluation, metrics, processes, recipe
+from surgvqa import evaluation, processes, recipe, scores
 from surgvqa.prepare import prepare
 
 def answers(file, words):
@@ -240,8 +240,7 @@ def answers(file, words):
                 network, prepared, prepared.questions("train", most, asked=True),
                 accelerator=accelerator, compute=compute,
             )
-            scores = metrics.scores(rows, prepared.prior())
-            found[f"{how} {most}"] = [row.row() for row in rows], scores
+            found[f"{how} {most}"] = [row.row() for row in rows], scores.values(rows, prepared.prior())
     rank = accelerator.process_index
     processes.stop(accelerator)
     return rank, accelerator.num_processes, found
@@ -270,12 +269,12 @@ def test_any_number_of_questions_on_any_number_of_processes(runs: Runs) -> None:
     for name, (rows, scores) in both[0].items():
         theirs, their_scores = alone[name]
         assert len({row["id"] for row in rows}) == len(rows) == int(name.split()[1])
-        assert scores == their_scores
+        assert scores == pytest.approx(their_scores, rel=1e-5)
         for mine, other in zip(rows, theirs, strict=True):
             odds, others = mine.pop("probabilities", {}), other.pop("probabilities", {})
             assert odds == pytest.approx(others, rel=1e-5)
             assert mine == other
-    assert alone["labels 23"][1]["overall"]["exact"] > 0
+    assert alone["labels 23"][1]["exact"] > 0
 
 
 @pytest.mark.fault("F24")

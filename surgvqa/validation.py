@@ -1,0 +1,113 @@
+"""What training looks at on its way: a part's loss, its scores, and a few pictures.
+
+Validation ── look ──▶ Look: the row of eval.jsonl, the score to compare, the picture for TensorBoard
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from PIL.Image import Image
+
+from surgvqa import evaluation, grounding, pictures, scores
+from surgvqa.endings import Stop
+from surgvqa.loss import TreeLoss
+from surgvqa.metrics import Prediction
+from surgvqa.prepare import Prepared
+from surgvqa.processes import Compute, main_first
+from surgvqa.recipe import SMALLER_IS_BETTER, BadInput
+from surgvqa.tree import Questions
+
+SHOWN = 4
+"""Questions in a picture."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an evaluation during training found."""
+
+    row: dict[str, Any]
+    """`loss`, and what `scores.values` gives."""
+    score: float | None
+    """The value of the recipe's eval.metric, the larger the better; None where it is not defined."""
+    picture: Image | None
+    """On the main process."""
+
+
+class Validation:
+    """The questions that training is judged by."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        """Raises BadInput where there are none, they are too long, or the metric does not apply to them."""
+        self.settings = settings = prepared.recipe.eval
+        if not prepared.dataset.part(settings.split):
+            raise BadInput(
+                f"eval.every: the {settings.split} part holds no questions to evaluate on; "
+                "set eval.every: null, or data.split.by to image or group with enough in data.split.val"
+            )
+        self.questions = prepared.questions(settings.split, settings.questions, asked=True)
+        prepared.plan(self.questions)
+        always = settings.metric in ("exact", "loss")
+        if not always and (why := scores.why_not(settings.metric, _expected(self.questions))):
+            labels = settings.metric in ("ece", "auroc") and settings.answers != "labels"
+            raise BadInput(
+                f"eval.metric: {settings.metric} does not apply to the {len(self.questions)} questions of "
+                f"{settings.split}: {why}; {'set eval.answers: labels, or ' if labels else ''}"
+                "choose another, such as exact or loss"
+            )
+        self.judged = prepared.judged(self.questions)
+        self.prior = prepared.prior()
+        self.seed = prepared.recipe.train.seed
+
+    def look(
+        self,
+        loss: TreeLoss,
+        prepared: Prepared,
+        *,
+        accelerator: Accelerator,
+        compute: Compute,
+        stop: Stop | None = None,
+    ) -> Look:
+        """By all processes together, each question once; the same on each. Raises Preempted."""
+        drawn: list[Image] = []
+        nats = evaluation.loss_of_part(loss, prepared, self.questions, accelerator=accelerator, stop=stop)
+        answers = evaluation.predict(
+            loss.model, prepared, self.questions, accelerator=accelerator, compute=compute, stop=stop
+        )
+
+        def judge() -> dict[str, Any]:
+            drawn.append(self._sheet.draw(answers))
+            return {"loss": nats if math.isfinite(nats) else None, **scores.values(answers, self.prior)}
+
+        row = main_first(accelerator, judge)
+        value = row.get(self.settings.metric)
+        score = -value if value is not None and self.settings.metric in SMALLER_IS_BETTER else value
+        return Look(row, score, drawn[0] if drawn else None)
+
+    @functools.cached_property
+    def _sheet(self) -> pictures.Sheet:
+        chosen = pictures.choose(self.questions.examples, SHOWN, self.seed)
+        return pictures.Sheet(self.questions, chosen)
+
+
+def _expected(questions: Questions) -> list[Prediction]:
+    """Each question answered with its first reference, chosen among its labels where it has some."""
+    labels = questions.labels or [()] * len(questions)
+    return [
+        Prediction(
+            id=example.id,
+            image=example.image_key,
+            group=example.group,
+            question=example.question,
+            question_type=example.question_type,
+            references=list(example.answers),
+            answer=example.answers[0],
+            probabilities={label: 1 / len(own) for label in own} or None,
+            reference_regions=grounding.as_rows(example.regions) or None,
+        )
+        for example, own in zip(questions.examples, labels, strict=True)
+    ]

@@ -86,18 +86,18 @@ def predict(
     ):
         agree(chunk)
         asked = [question for tree in micro_batch for question in tree]
-        answers = _answers(network, prepared, questions, asked, pack.to(device), compute)
+        answers = answers_of(network, prepared, questions, asked, pack.to(device), compute)
         answered += [(number, *answer) for number, answer in zip(asked, answers, strict=True)]
         advance(len(asked))
     agree(len(starts))
     network.train(was_training)
     return [
-        _prediction(prepared, questions.examples[number], answer, probabilities)
+        prediction_of(prepared, questions.examples[number], answer, probabilities)
         for number, answer, probabilities in sorted(gather_object(answered), key=lambda row: int(row[0]))
     ]
 
 
-def _answers(
+def answers_of(
     network: Any,
     prepared: Prepared,
     questions: Questions,
@@ -124,7 +124,7 @@ def _answers(
     ]
 
 
-def _prediction(
+def prediction_of(
     prepared: Prepared, example: Example, answer: str, probabilities: Probabilities
 ) -> Prediction:
     canvases = [prepared.canvases[image.key] for image in example.images]

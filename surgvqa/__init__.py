@@ -32,12 +32,14 @@ _HOMES = {
 __all__ = ["Answer", "Predictor", "__version__", "compare", "evaluate", "load_predictor", "load_run"]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'surgvqa' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"surgvqa.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
+if not TYPE_CHECKING:  # or every name would count as there
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'surgvqa' has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"surgvqa.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:

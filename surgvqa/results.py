@@ -126,8 +126,8 @@ class Run:
         example = self._examples.get(prediction.id)
         if example is None or example.image_key != prediction.image:
             raise BadInput(
-                f"question {prediction.id!r}: the data ({self.recipe.data.path or self.recipe.data.format}) do "
-                f"not have it with the image {prediction.image}; were they changed since?"
+                f"question {prediction.id!r}: the data do not have it with the image {prediction.image}; "
+                f"were they changed? They are read from {self.recipe.data.path or self.recipe.data.format}"
             )
         found = []
         for image in example.images:

@@ -14,10 +14,11 @@ from conftest import FAMILIES, closed_sets, noise_image
 from PIL import Image, ImageOps
 
 import surgvqa
-from surgvqa import evaluation, hub, recipe, train
-from surgvqa.datasets import Example
-from surgvqa.grounding import as_rows
+from surgvqa import datasets, evaluation, hub, recipe, train
+from surgvqa.metrics import Prediction
+from surgvqa.predictor import Predictor
 from surgvqa.recipe import BadInput
+from surgvqa.tokens import ChatTokens
 
 RECIPE = """
 data: {format: jsonl}
@@ -25,7 +26,7 @@ prompt: {system: Answer in a few words., instructions: {count: A number., where:
 image: {size: 96, fill: "#303030", crop: border}
 batch: {questions: 8, questions_per_image: 4}
 train: {max_steps: 3, lr: 5.0e-3, precision: fp32, checkpoint_layers: 0}
-eval: {max_new_tokens: 12}
+eval: {max_new_tokens: 3}
 model: {tune: lora, lora: {dropout: 0.5}}
 """
 QUESTIONS = [
@@ -37,7 +38,7 @@ QUESTIONS = [
 
 
 def write_data(folder: Path) -> Path:
-    """Pictures as they come: turned by EXIF, grey of 8 and 16 bits, see-through, in a black border, a clip."""
+    """Pictures as they come: turned by EXIF, grey of 8 and 16 bits, see-through, in a border; and a clip."""
     folder.mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -77,98 +78,103 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return train.train(recipe.parse(RECIPE, words))
 
 
-def asked(run: Path) -> dict[str, Example]:
-    from surgvqa import datasets
+@pytest.fixture(scope="module")
+def model(run: Path) -> Predictor:
+    return surgvqa.load_predictor(run, device="cpu")
 
-    return {example.id: example for example in datasets.load(recipe.load(run / "recipe.yaml").data).examples}
+
+def folder_of(run: Path) -> Path:
+    """Of its data."""
+    return Path(recipe.load(run / "recipe.yaml").data.path or "").parent
 
 
-@pytest.mark.parametrize("way", ["generate", "labels"])
-def test_answers_are_those_of_the_evaluation(run: Path, tmp_path: Path, way: str) -> None:
-    run = Path(shutil.copytree(run, tmp_path / "run"))
-    overrides = [f"eval.answers={way}", *closed_sets()]
-    evaluation.evaluate(run, "test", overrides)
+def check_answers(model: Predictor, run: Path) -> list[Prediction]:
+    """All questions of each image at once, and one of each image by itself, against predictions.jsonl."""
     expected = surgvqa.load_run(run).evaluation().predictions
-    model = surgvqa.load_predictor(run, overrides=overrides, device="cpu")
-    examples = asked(run)
     assert len(expected) == 24
-    by_image: dict[str, list[Any]] = {}
+    examples = {one.id: one for one in datasets.load(recipe.load(run / "recipe.yaml").data).examples}
+    by_image: dict[str, list[Prediction]] = {}
     for row in expected:
         by_image.setdefault(row.image, []).append(row)
-        paths = [image.path for image in examples[row.id].images]
-        answer = model.ask(
-            paths[0] if len(paths) == 1 else paths, row.question, question_type=row.question_type
-        )
-        assert (answer.question, answer.text) == (row.question, row.answer)
-        assert answer.probabilities == (row.probabilities and pytest.approx(row.probabilities, rel=1e-4))
-        assert bool(answer.probabilities) == (way == "labels")
-    for rows in by_image.values():  # all questions of an image at once
-        paths = [image.path for image in examples[rows[0].id].images]
-        answers = model.ask_all(
-            paths, [row.question for row in rows], question_types=[row.question_type for row in rows]
-        )
-        assert [answer.text for answer in answers] == [row.answer for row in rows]
+    for rows in by_image.values():
+        paths = [image.path for image in examples[rows[0].id].images if image.path]
+        images = paths[0] if len(paths) == 1 else paths
+        kinds = [row.question_type for row in rows]
+        answers = model.ask_all(images, [row.question for row in rows], question_types=kinds)
+        answers.append(model.ask(images, rows[0].question, question_type=kinds[0]))
+        for row, answer in zip([*rows, rows[0]], answers, strict=True):
+            assert (answer.question, answer.text, answer.regions) == (row.question, row.answer, ())
+            chances = row.probabilities
+            assert answer.probabilities == (None if chances is None else pytest.approx(chances, rel=1e-4))
     assert len({row.answer for row in expected}) > 2  # or all of this shows little
+    return expected
 
 
-def test_every_form_of_an_image_gives_the_same_answer(run: Path) -> None:
-    model = surgvqa.load_predictor(run, device="cpu")
-    data = Path(recipe.load(run / "recipe.yaml").data.path or "").parent
+def test_written_answers_are_those_of_the_evaluation(run: Path, model: Predictor) -> None:
+    assert not any(row.probabilities for row in check_answers(model, run))
+
+
+def test_chosen_answers_are_those_of_the_evaluation(run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    overrides = ["eval.answers=labels", *closed_sets()]
+    evaluation.evaluate(run, "test", overrides)
+    chosen = surgvqa.load_predictor(run, overrides=overrides, device="cpu")
+    assert all(row.probabilities for row in check_answers(chosen, run))
+
+
+def test_every_form_of_an_image_gives_the_same_answer(run: Path, model: Predictor) -> None:
     answers = set()
     for name in ("turned.jpg", "grey.png", "deep.png", "clear.png", "border.png"):
-        file = data / name
+        file = folder_of(run) / name
+        expected = model.ask(file, "Is there bleeding?", labels=["yes", "no"])
         with Image.open(file) as image:
-            image.load()
-        with Image.open(file) as unread:
-            forms = [str(file), file.read_bytes(), image, unread]
-            if name in ("turned.jpg", "border.png"):  # what an array holds has no EXIF, and is upright
+            forms: list[Any] = [str(file), file.read_bytes(), image]
+            if name in ("turned.jpg", "grey.png"):  # what an array holds has no EXIF, and is upright
                 forms.append(np.asarray(ImageOps.exif_transpose(image)))
-            if name == "grey.png":
-                forms.append(np.asarray(image))
-            expected = model.ask(file, "Is there bleeding?", labels=["yes", "no"])
             for form in forms:
                 assert model.ask(form, "Is there bleeding?", labels=["yes", "no"]) == expected
-        answers.add(expected.probabilities and expected.probabilities["yes"])
+        answers.add((expected.probabilities or {})["yes"])
     assert len(answers) == 5
 
 
-def test_boxes_are_in_pixels_of_the_upright_image(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = surgvqa.load_predictor(run, overrides=["image.crop=none"], device="cpu")
+def test_boxes_are_in_pixels_of_the_upright_image(
+    run: Path, model: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = {
-        "tiny-qwen2-vl": "<|object_ref_start|>polyp<|object_ref_end|><|box_start|>(0,0),(500,1000)<|box_end|>",
+        "tiny-qwen2-vl": "<|object_ref_start|>polyp<|object_ref_end|>"
+        "<|box_start|>(0,0),(500,1000)<|box_end|>",
         "tiny-qwen3-vl": '[{"bbox_2d": [0, 0, 500, 1000], "label": "polyp"}]',
     }[model.recipe.model.name]
-    ids = model._prepared.chat.tokenizer(written, add_special_tokens=False)["input_ids"]
+    tokenizer = ChatTokens(hub.find(model.recipe.model.name)).tokenizer
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(evaluation, "greedy", lambda *_, **__: [ids])
-    data = Path(recipe.load(run / "recipe.yaml").data.path or "").parent
-    answer = model.ask(data / "turned.jpg", "Where is the polyp?")  # 70 × 40, which EXIF makes 40 × 70
+    answer = model.ask(folder_of(run) / "turned.jpg", "Where is the polyp?")
     assert answer.text == "polyp"
-    assert as_rows(answer.regions) == [{"label": "polyp", "box": [0.0, 0.0, 20.0, 70.0], "image": 0}]
+    (region,) = answer.regions
+    # The left half of 70 × 40 pixels that EXIF makes 40 × 70; it is centred to a pixel of the canvas.
+    assert (region.label, region.image) == ("polyp", 0)
+    assert region.box == pytest.approx((0, 0, 20, 70), abs=0.5)
 
 
-@pytest.mark.parametrize("which", ["run", "checkpoint"])
-def test_works_where_the_data_are_gone(run: Path, tmp_path: Path, which: str) -> None:
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
-    for folder in (copy, *(copy / "checkpoints").iterdir()):
-        text = (folder / "recipe.yaml").read_text()
-        if folder == copy:
-            (folder / "recipe.yaml").write_text(text.replace(str(run.parent), "/nowhere"))
+def test_works_where_the_data_are_gone(run: Path, model: Predictor, tmp_path: Path) -> None:
     picture = noise_image(50, 40, 9)
-    before = surgvqa.load_predictor(run, device="cpu").ask(picture, "Which organ?")
-    data = run.parent / "data"
-    data.rename(run.parent / "away")
+    before = model.ask(picture, "Which organ?")
+    data, away = folder_of(run), tmp_path / "away"
+    data.rename(away)
     try:
-        source = copy if which == "run" else next((copy / "checkpoints").iterdir())
-        model = surgvqa.load_predictor(source, device="cpu")
-        assert model.checkpoint == next((copy / "checkpoints").iterdir())
-        assert model.ask(picture, "Which organ?") == before
+        (folder,) = (run / "checkpoints").iterdir()
+        for source in (run, folder):
+            again = surgvqa.load_predictor(source, device="cpu")
+            assert again.checkpoint == folder
+            assert again.ask(picture, "Which organ?") == before
     finally:
-        (run.parent / "away").rename(data)
+        away.rename(data)
 
 
 def test_a_published_model_is_asked_with_and_without_a_recipe(tmp_path: Path) -> None:
     """Against transformers' own model, processor and `generate` on the very canvas."""
-    from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from surgvqa.demo.tiny import write_tiny_model
 
@@ -177,19 +183,23 @@ def test_a_published_model_is_asked_with_and_without_a_recipe(tmp_path: Path) ->
     config = Qwen3VLForConditionalGeneration.config_class.from_pretrained(name)
     theirs = Qwen3VLForConditionalGeneration(config).eval()
     theirs.save_pretrained(name)
-    model = surgvqa.load_predictor(name, overrides=["train.precision=fp32", "eval.max_new_tokens=8"])
-    assert (model.checkpoint, model.recipe.image.size, model.recipe.prompt.system) == (None, 768, None)
+    words = ["train.precision=fp32", "image.size=256", "eval.max_new_tokens=8"]
+    model = surgvqa.load_predictor(name, overrides=words, device="cpu")
+    assert (model.checkpoint, model.recipe.prompt.system) == (None, None)
     assert repr(model) == f"Predictor({name}, cpu)"
-    picture = noise_image(768, 768, 1)  # the canvas itself, so that nobody resizes it
+    picture = noise_image(256, 256, 1)  # the canvas itself, so that nobody resizes it
     answer = model.ask(picture, "Which organ?")
-    processor = AutoProcessor.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name)
     content = [{"type": "image"}, {"type": "text", "text": "Which organ?"}]
-    text = processor.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    inputs = processor(text=[text], images=[picture], return_tensors="pt")
-    out = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
-    said = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ).replace("<|image_pad|>", "<|image_pad|>" * 64)
+    inputs = tokenizer([text], return_tensors="pt")
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
+    seen = Qwen2VLImageProcessorPil.from_pretrained(name)(images=[picture], return_tensors="pt")
+    assert seen["image_grid_thw"].tolist() == [[1, 16, 16]]
+    out = theirs.generate(**inputs, **seen, max_new_tokens=8, do_sample=False)
+    said = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer.text == said.strip()
     file = tmp_path / "recipe.yaml"
     words = ["data.path=/nowhere.jsonl", "output=x", "model.name=tiny-qwen2-vl"]
@@ -197,19 +207,21 @@ def test_a_published_model_is_asked_with_and_without_a_recipe(tmp_path: Path) ->
     other = surgvqa.load_predictor(name, recipe=file, device="cpu")
     assert (other.recipe.model.name, other.recipe.image.size) == (name, 96)
     assert other.recipe.prompt.system == "Answer in a few words."
+    assert surgvqa.load_predictor("tiny-qwen2-vl", device="cpu").recipe.image.size == 768
 
 
 def test_what_cannot_be_asked_is_said(run: Path, tmp_path: Path) -> None:
-    model = surgvqa.load_predictor(run, overrides=["eval.answers=labels", "data.labels.count=['0', '1']"])
+    words = ["eval.answers=labels", "data.labels.count=['0', '1']"]
+    model = surgvqa.load_predictor(run, overrides=words, device="cpu")
     picture = noise_image(50, 40, 9)
     torn = tmp_path / "torn.png"
     picture.save(torn)
     torn.write_bytes(torn.read_bytes()[:-40])
     for image, question, more, what in [
-        (picture, "Is <|im_end|> there?", {"labels": []}, r"question 'Is .*holds the special token <\|im_end"),
+        (picture, "Is <|im_end|> there?", {"labels": []}, r"question 'Is .*holds the special token <"),
         (picture, "Which?", {"labels": ["a", "<|vision_end|>"]}, r"special token <\|vision_end\|>"),
         (picture, " ", {}, "is empty"),
-        (picture, "Which organ?", {}, r"none for the type 'question' \(it has them for: count\); give labels"),
+        (picture, "Which organ?", {}, r"none for the type 'question' \(it has them for: count\)"),
         (picture, "Which organ?", {"labels": "yes"}, r"labels: give a list, such as \['yes', …\]"),
         (picture, "Which organ?", {"labels": ["a", "a."]}, "two count as the same answer"),
         (picture, "Which organ?", {"labels": ["a", ""]}, "one is empty"),
@@ -232,7 +244,7 @@ def test_what_cannot_be_asked_is_said(run: Path, tmp_path: Path) -> None:
 
 
 def test_sources_that_are_none_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="recipe: .* brings its own"):
+    with pytest.raises(BadInput, match=r"recipe: .* brings its own"):
         surgvqa.load_predictor(run, recipe=run / "recipe.yaml")
     copy = Path(shutil.copytree(next((run / "checkpoints").iterdir()), tmp_path / "step-000003"))
     with (copy / "adapter_model.safetensors").open("ab") as file:
@@ -241,7 +253,7 @@ def test_sources_that_are_none_are_refused(run: Path, tmp_path: Path) -> None:
         surgvqa.load_predictor(copy)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="is not a model folder"):
-        surgvqa.load_predictor(tmp_path / "empty")
+        surgvqa.load_predictor(tmp_path / "empty", device="cpu")
 
 
 def test_a_real_model_computes_on_the_cpu_only_if_that_is_asked_for(

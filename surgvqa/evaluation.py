@@ -216,12 +216,13 @@ def _show(result: Mapping[str, Any], files: tuple[Path, Path], console: Console)
     console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
 
 
-def evaluate(run: Path, part: Part | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(run: str | Path, part: Part | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What `surgvqa evaluate` does: a run's best checkpoint, else its newest; returns the scores.
 
     The recipe is the one frozen in the checkpoint. Raises BadInput where the folder holds no run or no
     checkpoint that verifies.
     """
+    run = Path(run)
     accelerator = processes.start()
     folder = main_first(accelerator, lambda: checkpoint.chosen(run))
     settings = checkpoint.recipe_of(folder, overrides)

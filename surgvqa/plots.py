@@ -186,7 +186,8 @@ def answer(picture: Image.Image, answer: Answer) -> Figure:
     if odds:
         bars = figure.add_subplot(1, 2, 2)
         height = np.arange(len(odds))[::-1]
-        bars.barh(height, [share for _, share in odds], color=BLUE)
+        bars.barh(height, [share for _, share in odds], 0.6, color=BLUE)
+        bars.set_ylim(min(-0.5, len(odds) - 5.5), len(odds) - 0.5)
         bars.set_yticks(height, labels=[_short(label, 28) for label, _ in odds], parse_math=False)
         bars.set(xlim=(0, 1), xlabel="probability")
     return figure
@@ -207,6 +208,7 @@ def _draw(
 
     axes.imshow(np.asarray(picture), extent=(0, picture.width, picture.height, 0))
     axes.set_axis_off()
+    axes.set_anchor("N")
     for regions, colour in boxes:
         for region in regions or ():
             if region["image"] == 0:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # mypy reads this file: the names have their real types behin
     assert_type(surgvqa.load_predictor("run").ask("image.png", "Is there bleeding?"), surgvqa.Answer)
     assert_type(surgvqa.Answer("question", "text").probabilities, dict[str, float] | None)
     assert_type(surgvqa.compare("a", "b"), comparison.Comparison)
-    assert_type(surgvqa.evaluate(Path("run"), "val"), dict[str, Any])
+    assert_type(surgvqa.evaluate("run", "val"), dict[str, Any])
     assert_type(surgvqa.__version__, str)
 
 

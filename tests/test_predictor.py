@@ -117,7 +117,7 @@ def test_written_answers_are_those_of_the_evaluation(run: Path, model: Predictor
 def test_chosen_answers_are_those_of_the_evaluation(run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(run, tmp_path / "run"))
     overrides = ["eval.answers=labels", *closed_sets()]
-    evaluation.evaluate(run, "test", overrides)
+    surgvqa.evaluate(str(run), "test", overrides)
     chosen = surgvqa.load_predictor(run, overrides=overrides, device="cpu")
     assert all(row.probabilities for row in check_answers(chosen, run))
 

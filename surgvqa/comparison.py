@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput, printable
 from surgvqa.results import choose, evaluations
 from surgvqa.scores import FEW, MARKS, Bucket, Scored, read
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 """Of compare.json."""
@@ -95,6 +98,25 @@ class Comparison:
     overall: Compared
     by_type: dict[str, Compared]
     notes: list[str]
+
+    def table(self) -> pd.DataFrame:
+        """Every score of the whole (`all`), then exact match of each question type, as rows (what, score).
+
+        Columns: questions, a, b, difference (b - a), low and high (its 95 % interval), and p, for types after
+        Holm; NaN where there is none. Values are shares of 1, CIDEr runs to 10.
+        """
+        import pandas as pd
+
+        def row(compared: Compared, found: Difference) -> dict[str, Any]:
+            low, high = found.interval or (None, None)
+            p = found.p if found.p_holm is None else found.p_holm
+            values = {"a": found.a, "b": found.b, "difference": found.difference}
+            return {"questions": compared.n, **values, "low": low, "high": high, "p": p}
+
+        rows = {("all", name): row(self.overall, found) for name, found in self.overall.scores.items()}
+        rows |= {(kind, "exact"): row(found, found.scores["exact"]) for kind, found in self.by_type.items()}
+        table = pd.DataFrame(rows.values(), pd.MultiIndex.from_tuples(rows, names=["what", "score"]))
+        return table.astype({"low": float, "high": float, "p": float})
 
     def row(self) -> dict[str, Any]:
         """What compare.json holds."""

@@ -208,14 +208,14 @@ def _by_chunks(
             yield found
             done, found = done + 1, Answers()
         asked = [question for tree in micro_batch for question in tree]
-        answers = _answers(network, prepared, questions, asked, pack.to(device), compute)
+        answers = answers_of(network, prepared, questions, asked, pack.to(device), compute)
         found |= zip(asked, answers, strict=True)
     for _ in range(done, len(starts)):
         yield found
         found = Answers()
 
 
-def _answers(
+def answers_of(
     network: Any,
     prepared: Prepared,
     questions: Questions,
@@ -255,11 +255,12 @@ def _read(
 
 def _predictions(prepared: Prepared, questions: Questions, answers: Answers) -> list[Prediction]:
     return [
-        _prediction(prepared, example, *answers[number]) for number, example in enumerate(questions.examples)
+        prediction_of(prepared, example, *answers[number])
+        for number, example in enumerate(questions.examples)
     ]
 
 
-def _prediction(
+def prediction_of(
     prepared: Prepared, example: Example, answer: str, probabilities: Probabilities
 ) -> Prediction:
     canvases = [prepared.canvases[image.key] for image in example.images]

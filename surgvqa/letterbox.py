@@ -254,7 +254,11 @@ def open_rgb(data: bytes) -> Image.Image:
     is what surrounds an endoscope's picture. Of an animation the first frame counts. Colour profiles are
     not applied. Raises ValueError with a plain message where any of the bytes cannot be decoded.
     """
-    image = _open(data)
+    return upright_rgb(_open(data))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """`open_rgb` for an image that PIL has opened already, or that somebody made."""
     turn = _TURNS.get(_orientation(image))  # before decoding: a decoded TIFF is already turned
     try:
         image.load()

@@ -8,15 +8,21 @@ Nothing is written here, and a run may be read while it goes on. Imports no torc
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from surgvqa import recipe, scores
-from surgvqa.metrics import Prediction
+from surgvqa import datasets, recipe, scores
+from surgvqa.letterbox import open_rgb
+from surgvqa.metrics import Prediction, exact
 from surgvqa.recipe import BadInput, Part, Recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,48 @@ class Evaluation:
     scores_file: Path
     scores: dict[str, Any] = field(repr=False)
     """What scores.json holds, see docs/metrics.md; empty where there is none that can be read."""
+
+    def table(self) -> pd.DataFrame:
+        """A row for each question, in order, with the columns id, image, group, type, question, reference
+        (the one that the answer meets, else the first), answer, right, and confidence: the probability of
+        the answer, NaN where the model wrote it. Raises what `predictions` raises.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "id": row.id,
+                "image": row.image,
+                "group": row.group,
+                "type": row.question_type,
+                "question": row.question,
+                "reference": _met(row),
+                "answer": row.answer,
+                "right": exact(row.answer, row.references),
+                "confidence": (row.probabilities or {}).get(row.answer, math.nan),
+            }
+            for row in self.predictions
+        )
+
+    def scores_table(self) -> pd.DataFrame:
+        """Exact match in %, the whole (`all`) first, then each question type: columns questions, exact, low
+        and high (its 95 % interval, NaN where there is none), prior, and note: what makes it doubtful. Every
+        other score is in `scores`. Raises BadInput where there are no scores.
+        """
+        import pandas as pd
+
+        if not isinstance(self.scores.get("overall"), dict):
+            raise BadInput(f"{self.scores_file}: holds no scores; run `surgvqa evaluate` again")
+        found = {"all": self.scores["overall"], **self.scores["by_type"]}
+        rows = []
+        for row in found.values():
+            low, high = row["intervals"].get("exact", (None, None))
+            marks = (scores.MARKS["*"] * row["few"], scores.MARKS["†"] * row["few_groups"])
+            rows.append((row["n"], row["exact"], low, high, row["prior"], "; ".join(filter(None, marks))))
+        table = pd.DataFrame(rows, found, ["questions", "exact", "low", "high", "prior", "note"])
+        shares = ["exact", "low", "high", "prior"]
+        table[shares] = 100 * table[shares].astype(float)
+        return table
 
     @property
     def split(self) -> str | None:
@@ -67,6 +115,37 @@ class Run:
     def evaluation(self, split: str | None = None, variant: str = "") -> Evaluation:
         """That of a part, by default the one the run is judged by. Raises BadInput where there is none."""
         return choose(self.folder, self.evaluations, split, variant)
+
+    def pictures(self, prediction: Prediction) -> list[Image.Image]:
+        """The images that a question is about, upright and RGB, in the pixels that boxes are given in.
+
+        Read from the data of the run's recipe as they are now: neither scaled as the model saw them, nor
+        blackened, shuffled or corrupted as a variant of the evaluation showed them. Raises BadInput where
+        the data, the question or an image is not there any more.
+        """
+        example = self._examples.get(prediction.id)
+        if example is None or example.image_key != prediction.image:
+            raise BadInput(
+                f"question {prediction.id!r}: the data do not have it with the image {prediction.image}; "
+                f"were they changed? They are read from {self.recipe.data.path or self.recipe.data.format}"
+            )
+        found = []
+        for image in example.images:
+            try:
+                found.append(open_rgb(image.read()))
+            except (OSError, ValueError) as error:
+                raise BadInput(f"image {image.key}: {error}") from None
+        return found
+
+    @cached_property
+    def _examples(self) -> dict[str, datasets.Example]:
+        """Question id → what the data says, which is read when this is first asked for."""
+        return {example.id: example for example in datasets.load(self.recipe.data).examples}
+
+
+def _met(row: Prediction) -> str:
+    """The reference that an answer meets, else the first."""
+    return next((one for one in row.references if exact(row.answer, [one])), row.references[0])
 
 
 def load_run(folder: str | Path) -> Run:

@@ -283,6 +283,8 @@ class _Memory:
 
 def _slot(ref: ImageRef) -> tuple[str, str, Stamp] | None:
     """Where an image's facts are kept: folder, name in it, and what tells that it is unchanged."""
+    if ref.data is not None:
+        return None
     if ref.path is None:
         # What `datasets` itself tells contents apart by: made of the files' digests or sizes and times.
         return f"table {ref.table._fingerprint}", f"{ref.row} {ref.column} {ref.index}", (0, 0, 0, 0)

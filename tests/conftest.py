@@ -97,6 +97,36 @@ TOPICS = [
 ]
 
 
+TINY_RUN = """
+model: {name: tiny-qwen3-vl, tune: full, train_vision: true, train_merger: true}
+data: {format: jsonl}
+prompt: {system: Answer in a few words., instructions: {count: A number.}}
+image: {size: 64}
+batch: {questions: 32}
+train: {max_steps: 6, lr: 3.0e-3, precision: fp32, checkpoint_layers: 0}
+eval: {every: 3, questions: 8, answers: labels, max_new_tokens: 4}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps whose 80 or so test questions were answered among labels. Change nothing in it."""
+    from surgvqa import recipe, train
+
+    folder = tmp_path_factory.mktemp("tiny-run")
+    data = write_jsonl(folder / "data", images=120)
+    words = [f"data.path={data}", f"output={folder / 'run'}", *closed_sets()]
+    return train.train(recipe.parse(TINY_RUN, words))
+
+
+def closed_sets() -> list[str]:
+    """Overrides that give each type of TOPICS its labels."""
+    sets: dict[str, list[str]] = {}
+    for _, answers, kind in TOPICS:
+        sets[kind] = [*dict.fromkeys([*sets.get(kind, []), *answers])]
+    return [f"data.labels.{kind}={json.dumps(labels)}" for kind, labels in sets.items()]
+
+
 def write_jsonl(folder: Path, images: int = 23, seed: int = 0) -> Path:
     """Images of several sizes with 1 to 9 questions each, and a split column, as a jsonl data set."""
     rng = np.random.default_rng(seed)

@@ -160,14 +160,14 @@ class Counted:
     """Asks for a stop after so many looks, and counts the questions that the model is asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
-        self.looks, self.asked, answers = looks, 0, evaluation._answers
+        self.looks, self.asked, answers = looks, 0, evaluation.answers_of
         monkeypatch.setattr(evaluation, "_TREES_AT_ONCE", 1)
 
         def counting(network: Any, prepared: Any, questions: Any, asked: Any, *rest: Any) -> Any:
             self.asked += len(asked)
             return answers(network, prepared, questions, asked, *rest)
 
-        monkeypatch.setattr(evaluation, "_answers", counting)
+        monkeypatch.setattr(evaluation, "answers_of", counting)
 
     def __bool__(self) -> bool:
         self.looks -= 1
@@ -293,7 +293,7 @@ def test_variants_are_evaluated_beside_the_run(run: Path, capsys: pytest.Capture
 def asked_texts(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> dict[str, str]:
     """Id → the question as the model read it."""
     texts: dict[str, str] = {}
-    answers = evaluation._answers
+    answers = evaluation.answers_of
 
     def watched(network: Any, prepared: Any, questions: Any, asked: Any, *rest: Any) -> Any:
         for number in asked:
@@ -301,7 +301,7 @@ def asked_texts(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> dict
             texts[example.id] = prepared.chat.question_text(example, prepared.canvases)
         return answers(network, prepared, questions, asked, *rest)
 
-    monkeypatch.setattr(evaluation, "_answers", watched)
+    monkeypatch.setattr(evaluation, "answers_of", watched)
     act()
     return texts
 

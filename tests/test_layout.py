@@ -18,13 +18,14 @@ ORDER = [
     "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "corrupt", "scan",
     "grounding", "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "hub", "findings",
     "tokens", "tree", "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint",
-    "decode", "prepare", "pictures", "evaluation", "validation", "evaluate", "banner", "lock", "run", "peers",
-    "replay", "train", "show", "launch", "slurm", "cli",
+    "decode", "prepare", "pictures", "evaluation", "validation", "evaluate", "predictor", "plots", "banner",
+    "lock", "run", "peers", "replay", "train", "show", "launch", "slurm", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
     "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "corrupt", "scan", "grounding",
-    "metrics", "scores", "results", "comparison", "audit", "hub", "findings", "launch", "slurm", "cli",
+    "metrics", "scores", "results", "comparison", "audit", "hub", "findings", "plots", "launch",
+    "slurm", "cli",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ MAX_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where the bytes of an image are: a file of its own, or a cell of a table read with `datasets`.
+    """Where the bytes of an image are: a file of its own, a cell of a table read with `datasets`, or memory.
 
     `key` names the image in messages, groups the questions of one image and tells whether two examples
     show the same one.
@@ -70,9 +70,13 @@ class ImageRef:
     column: str = "image"
     index: int = 0
     """Which image of the cell, where it holds a list."""
+    data: bytes | None = field(default=None, repr=False)
+    """The encoded bytes themselves, of an image in memory."""
 
     def read(self) -> bytes:
         """The encoded bytes. Raises OSError where there are none."""
+        if self.data is not None:
+            return self.data
         if self.path is not None:
             if self.path.stat().st_size > MAX_BYTES:
                 raise OSError(f"is larger than {MAX_BYTES >> 30} GiB")

@@ -383,7 +383,8 @@ def _vlm_choices(made: Export, folder: Path) -> None:
     if unfit:
         kinds = ", ".join(f"{kind} ({what})" for kind, what in sorted(unfit.items()))
         raise BadInput(
-            f"question types {kinds}: a choice needs 2 to 26 labels (data.labels) and just one of them right; use --to vlmevalkit"
+            f"question types {kinds}: a choice needs 2 to 26 labels (data.labels) and just one of them "
+            "right; use --to vlmevalkit"
         )
     columns = {"answer": [right[0] or "" for right in letters]}
     for number, letter in enumerate(ascii_uppercase[: max(map(len, sets))]):
@@ -708,8 +709,8 @@ this one:
         --judge exact_matching --work-dir FOLDER/outputs
 
 The labels are listed in the prompt and a letter is the answer: scores are not those of the same questions
-asked openly, as surgvqa asks them. A cell may begin with `=`, `+` or `@`, and a spreadsheet may run it: import
-all columns there as text.
+asked openly, as surgvqa asks them. A cell may begin with `=`, `+` or `@`, and a spreadsheet may run it:
+import all columns there as text.
 $ours
 $notes"""
 

@@ -264,9 +264,9 @@ def _metric_names(kinds: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for kind in sorted(set(kinds)):
         plain = name = "exact_" + (re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_") or "type")
-        for number in range(2, len(names) + 3):
-            if name not in names.values():
-                break
+        number = 1
+        while name in names.values():
+            number += 1
             name = f"{plain}_{number}"
         names[kind] = name
     return names
@@ -632,8 +632,8 @@ That gives `exact` $exact. To test another model against them, pair by pair:
 _VLM_SCORE = '''
 """Exact match of predictions that VLMEvalKit wrote for $name: python score.py FILE
 
-Written by surgvqa $version. VLMEvalKit has no scores for open questions of a table of one's own. Files of
-.tsv (PRED_FORMAT=tsv) and .json hold answers as they were given; .xlsx does not hold all of them.
+Written by surgvqa $version. VLMEvalKit has no scores for open questions of a table of one's own. FILE is .tsv
+or .json (PRED_FORMAT): its .xlsx does not hold all answers as they were given, `=1+1` becomes 0.
 """
 
 from __future__ import annotations
@@ -659,9 +659,7 @@ def rows(file):
     if file.endswith(".json"):
         with open(file, encoding="utf-8") as text:
             return json.load(text)
-    import pandas
-
-    return pandas.read_excel(file, dtype=str, keep_default_na=False, na_filter=False).to_dict("records")
+    sys.exit(f"{file}: is neither .tsv nor .json; set PRED_FORMAT=tsv for VLMEvalKit")
 
 
 def main(file):

@@ -78,7 +78,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows, chance = [], random.Random(5)
     for number, text in enumerate(asked):
         answer = [text] if number % 3 else [text, "another"]
-        kind = ["yes, no", "yes_no", "free", "3", "NA"][number % 5]
+        kind = ["yes, no", "yes_no", "free", "3", "NA", '"""}\n$name; 1 / 0'][number % 6]
         rows.append(
             {
                 "id": f"{text[:40]} {number}" if number % 2 else str(number),
@@ -153,7 +153,8 @@ def test_an_lmms_eval_task_asks_and_scores_as_we_do(run: Path, tmp_path: Path) -
     assert means["exact"] == made.exact
     assert 0 < means["exact"] < 1
     # `yes, no` and `yes_no` would be the same word.
-    assert set(means) == {"exact", "exact_yes_no", "exact_yes_no_2", "exact_free", "exact_3", "exact_na"}
+    kinds = {"yes_no", "yes_no_2", "free", "3", "na", "name_1_0"}
+    assert set(means) == {"exact", *(f"exact_{kind}" for kind in kinds)}
     assert made.rows[2].prompt.endswith("\nAnswer\tin a word.")
 
 
@@ -219,7 +220,7 @@ def test_a_vlmevalkit_table_holds_every_text(run: Path, tmp_path: Path) -> None:
     assert sum(len(image) > 64 for image in held.values()) == len(set(data["image_path"])) == 6
 
 
-@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text)[:20])
 def test_pandas_reads_each_text_as_it_is(text: str, tmp_path: Path) -> None:
     """Each by itself: a column is read as what all of a block of its cells are."""
     with export._table(tmp_path / "one.tsv") as write:
@@ -277,6 +278,8 @@ def test_vlmevalkits_predictions_score_as_ours(form: str, run: Path, tmp_path: P
     data[:-1].to_csv(tmp_path / "less.tsv", sep="\t", index=False, quoting=1)
     less = scored(tmp_path / "table", tmp_path / "less.tsv")
     assert (less.returncode, f"of {len(made.rows)} questions" in less.stderr) == (1, True)
+    other = scored(tmp_path / "table", tmp_path / "less.xlsx")
+    assert (other.returncode, "set PRED_FORMAT=tsv" in other.stderr) == (1, True)
 
 
 def test_several_images_and_boxes(tmp_path: Path) -> None:

@@ -165,6 +165,34 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
+def export(argv: Sequence[str]) -> int:
+    """Write data, and a run's answers, as lmms-eval or VLMEvalKit take them."""
+    parser = argparse.ArgumentParser("surgvqa export", description=export.__doc__)
+    parser.add_argument(
+        "source", metavar="SOURCE", help="recipe file, or a run's folder for its predictions, too"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    parser.add_argument(
+        "--to", required=True, choices=["lmms-eval", "vlmevalkit"], help="which tool takes it"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder to write into")
+    parser.add_argument(
+        "--split", choices=["train", "val", "test"], help="default: what the run is judged by"
+    )
+    given = parser.parse_intermixed_args(argv)
+    from surgvqa.export import export as export_data
+
+    try:
+        made = export_data(given.source, given.to, given.out, given.split, given.overrides)
+    except BadInput as error:
+        return recipe.explain(error)
+    exact = f", exact match of the run's answers {made.exact:.6f}" if made.answered else ""
+    print(recipe.printable(f"{made.name}: {len(made.rows)} questions{exact}"))
+    for line in (*made.notes, f"written: {given.out}; {given.out / 'README.md'} tells how to use it"):
+        print(recipe.printable(line))
+    return 0
+
+
 def show(argv: Sequence[str]) -> int:
     """Show what the model sees of an image and its questions: canvas, tokens, positions, labels."""
     parser = argparse.ArgumentParser("surgvqa show", description=show.__doc__)
@@ -204,7 +232,7 @@ def status(argv: Sequence[str]) -> int:
 
 COMMANDS = {
     "check": check, "split": split, "show": show, "train": train, "evaluate": evaluate, "compare": compare,
-    "submit": submit, "status": status,
+    "export": export, "submit": submit, "status": status,
 }  # fmt: skip
 
 

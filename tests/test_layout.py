@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
     "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "corrupt", "scan",
-    "grounding", "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "hub", "findings",
+    "grounding", "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "export",
+    "hub", "findings",
     "tokens", "tree", "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint",
     "decode", "prepare", "pictures", "evaluation", "validation", "evaluate", "predictor", "plots", "banner",
     "lock", "run", "peers", "replay", "train", "show", "launch", "slurm", "cli",
@@ -24,7 +25,7 @@ ORDER = [
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
     "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "corrupt", "scan", "grounding",
-    "metrics", "scores", "results", "comparison", "audit", "hub", "findings", "plots", "launch",
+    "metrics", "scores", "results", "comparison", "audit", "export", "hub", "findings", "plots", "launch",
     "slurm", "cli",
 ]  # fmt: skip
 

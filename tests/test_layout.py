@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgvqa"
 ORDER = [
     "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "scan", "grounding",
-    "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "hub", "findings", "tokens",
+    "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "hub", "findings", "report",
+    "tokens",
     "tree", "plan", "attention", "model", "flops", "loss", "processes", "memory", "checkpoint", "decode",
     "prepare", "evaluation", "evaluate", "banner", "lock", "run", "peers", "replay", "train", "show",
     "launch", "slurm", "cli",
@@ -24,7 +25,7 @@ ORDER = [
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
     "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "scan", "grounding", "metrics",
-    "scores", "results", "comparison", "audit", "hub", "findings", "launch", "slurm", "cli",
+    "scores", "results", "comparison", "audit", "hub", "findings", "report", "launch", "slurm", "cli",
 ]  # fmt: skip
 
 

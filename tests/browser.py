@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven over the DevTools protocol through a pipe: no port, nothing installed."""
+"""A page in headless Chromium, driven over the DevTools protocol through a pipe: no port, no library."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Browser:
         began = time.monotonic()
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=page.as_uri() + hash)
-        self.until("document.documentElement.dataset.ready === '1'")
+        self.until("document.documentElement?.dataset.ready === '1'")
         return time.monotonic() - began
 
     def js(self, code: str) -> Any:

@@ -121,8 +121,10 @@ def make(
          "exact": skill * (1 - math.exp(-step / 50))}
         for step in range(20, 201, 20)
     ]  # fmt: skip
-    start = {"step": 0, "at": "2026-11-21T09:00:00+00:00", "surgvqa": "0.1.0", "commit": "f9f2475",
-             "python": "3.11.7", "torch": "2.13.0", "device": "NVIDIA H100 80GB HBM3", "processes": 2}  # fmt: skip
+    start = {
+        "step": 0, "at": "2026-11-21T09:00:00+00:00", "surgvqa": "0.1.0", "commit": "f9f2475",
+        "python": "3.11.7", "torch": "2.13.0", "device": "NVIDIA H100 80GB HBM3", "processes": 2,
+    }  # fmt: skip
     for name, rows in (("metrics", steps), ("eval", validations), ("starts", [start])):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -221,7 +221,7 @@ def _digest(text: str) -> str:
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}"
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 _TEMPLATES = jinja2.Environment(

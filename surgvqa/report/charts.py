@@ -269,7 +269,7 @@ def steps(low: float, high: float, *, whole: bool = False) -> list[float]:
     """Three to six round numbers that surround low and high, nearly evenly; with `whole` inside of them."""
     if not (math.isfinite(low) and math.isfinite(high)) or high - low < 1e-12 * max(1.0, abs(high)):
         return [low]
-    rough = (high - low) / 4
+    rough = (high - low) / (6 if whole else 4)
     size = 10 ** math.floor(math.log10(rough))
     size *= next(times for times in (1, 2, 2.5, 5, 10) if times * size >= rough)
     if whole:

@@ -310,12 +310,8 @@ def test_pictures_fit_their_room(data: Path) -> None:
 
 
 def test_long_texts_are_cut_where_they_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [
-        Prediction(
-            str(n), "i", "", f"{n} " + " ".join(str(n * k % 9973) for k in range(3000)), "t", ["yes"], "yes"
-        )
-        for n in range(50)
-    ]
+    texts = [" ".join(str(n * k % 9973) for k in range(5000)) for n in range(50)]
+    rows = [Prediction(str(n), "i", "", text, "t", ["yes"], "yes") for n, text in enumerate(texts)]
     joined = gallery.joined([rows])
     whole = gallery.pack(["run"], joined, {}, {}, gallery.NO_PICTURES)
     assert (whole.rows, whole.cut) == (50, 20_000)

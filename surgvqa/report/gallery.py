@@ -9,6 +9,7 @@ left out from the end, and errors come first.
 from __future__ import annotations
 
 import base64
+import bisect
 import functools
 import gzip
 import json
@@ -33,8 +34,8 @@ _SIZES = (
 )  # fmt: skip
 """Longer side in pixels and WebP quality of pictures: the first with which all fit is taken."""
 
-_TRIED = 32
-"""So many pictures are made in all sizes to see which fits."""
+_TRIED = 16
+"""So many pictures are made in several sizes to see which fits."""
 
 _FRAMES = 4
 """Most pictures of a clip, beside those that have boxes."""
@@ -180,19 +181,19 @@ def _encoded(
 def _size(pool: ThreadPoolExecutor, draw: Draw, refs: Sequence[ImageRef], room: int) -> tuple[int, int]:
     """The largest size with which all pictures seem to fit, else the smallest."""
 
-    def tried(ref: ImageRef) -> list[int]:
+    def tried(ref: ImageRef) -> Image.Image | None:
         try:
-            image, _ = draw(ref)
+            return draw(ref)[0]
         except (OSError, ValueError):
-            return []
-        return [len(_webp(image, *size)[0]) for size in _SIZES]
+            return None
 
-    sample = refs[:: max(1, len(refs) // _TRIED)][:_TRIED]
-    known = [lengths for lengths in pool.map(tried, sample) if lengths]
-    for place, size in enumerate(_SIZES):
-        if 1.1 * sum(lengths[place] for lengths in known) * len(refs) <= room * len(known):
-            return size
-    return _SIZES[-1]
+    sample = [each for each in pool.map(tried, refs[:: max(1, len(refs) // _TRIED)][:_TRIED]) if each]
+
+    def fits(size: tuple[int, int]) -> bool:
+        lengths = pool.map(lambda image: len(_webp(image, *size)[0]), sample)
+        return 1.1 * sum(lengths) * len(refs) <= room * len(sample)
+
+    return _SIZES[min(bisect.bisect_left(_SIZES, True, key=fits), len(_SIZES) - 1)]
 
 
 def _shown(made: Iterator[Any], total: int, progress: bool) -> Iterable[Any]:

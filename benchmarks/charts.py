@@ -254,7 +254,7 @@ def _audit_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _report_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "| Page | Seconds | Seconds of processors | Size | Longer side of pictures | Ready in Chromium | A search |",
+        "| Page | Seconds | Seconds of processors | Size | Longer side of pictures | Ready | A search |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:

@@ -51,6 +51,7 @@ def tables(results: Path) -> dict[str, str]:
         "plan": _plan_table,
         "grouping": _grouping_table,
         "audit": _audit_table,
+        "report": _report_table,
     }
     return {
         name: _where(content) + "\n\n" + maker(content["rows"])
@@ -248,6 +249,19 @@ def _audit_table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"| {row['load']:.1f} |"
         for row in rows
     ]
+    return "\n".join(lines)
+
+
+def _report_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| Page | Seconds | Seconds of processors | Size | Longer side of pictures | Ready | A search |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        opened = [f"{row[key]:.2f} s" if key in row else "" for key in ("ready_s", "search_s")]
+        side = f"{row['side']} pixels" if row["side"] else ""
+        cells = [row["way"], f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", f"{row['mb']:.1f} MB"]
+        lines.append(f"| {' | '.join([*cells, side, *opened])} |")
     return "\n".join(lines)
 
 

@@ -216,6 +216,40 @@ def show(argv: Sequence[str]) -> int:
     return 0
 
 
+def report(argv: Sequence[str]) -> int:
+    """Write one or several runs as a page: scores, curves, and every question with its picture."""
+    parser = argparse.ArgumentParser("surgvqa report", description=report.__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html in the run's folder, of several runs here",
+    )
+    parser.add_argument(
+        "--split", choices=["train", "val", "test"], help="default: what the runs are judged by"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table for a paper, and write nothing"
+    )
+    parser.add_argument("--no-pictures", action="store_true", help="leave the images out")
+    given = parser.parse_args(argv)
+    if given.markdown and (given.out or given.no_pictures):
+        parser.error("--markdown writes no page")
+    from surgvqa import report as reports
+
+    try:
+        if given.markdown:
+            print(reports.markdown(given.runs, given.split), end="")
+            return 0
+        pictures = not given.no_pictures
+        file = reports.write(given.runs, given.out, given.split, pictures=pictures, progress=True)
+    except BadInput as error:
+        return recipe.explain(error)
+    print(recipe.printable(f"written: {file} ({file.stat().st_size / 1e6:.1f} MB)"))
+    return 0
+
+
 def submit(argv: Sequence[str]) -> int:
     """Submit a recipe to SLURM: one run or several seeds, requeued or in a chain until done."""
     from surgvqa.slurm import submit as submit_jobs
@@ -232,7 +266,7 @@ def status(argv: Sequence[str]) -> int:
 
 COMMANDS = {
     "check": check, "split": split, "show": show, "train": train, "evaluate": evaluate, "compare": compare,
-    "export": export, "submit": submit, "status": status,
+    "report": report, "export": export, "submit": submit, "status": status,
 }  # fmt: skip
 
 

@@ -177,8 +177,8 @@ def examine(
     content = {
         **about,
         "notes": notes,
-        "parts": {part: _part(dataset.part(part)) for part in PARTS},
-        "question_types": _types(dataset),
+        "parts": {part: part_counts(dataset.part(part)) for part in PARTS},
+        "question_types": type_counts(dataset),
         "repeated_questions": repeated(dataset),
         "texts": _texts(dataset, tokens),
         "images": {
@@ -199,13 +199,14 @@ def _problem(problem: Problem) -> dict[str, Any]:
     return {"severity": severity, "place": problem.place, "what": problem.what, "images": images}
 
 
-def _part(examples: Sequence[Example]) -> dict[str, int]:
+def part_counts(examples: Sequence[Example]) -> dict[str, int]:
+    """How many questions, images and groups."""
     images = {image.key for example in examples for image in example.images}
     groups = {example.group for example in examples if example.group}
     return {"questions": len(examples), "images": len(images), "groups": len(groups)}
 
 
-def _types(dataset: Dataset) -> dict[str, dict[str, Any]]:
+def type_counts(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """Question type → counts, the majority answer, and how often the prior is right without a look.
 
     The majority is that of all train questions of the type; the prior is that of the scores.

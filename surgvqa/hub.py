@@ -67,14 +67,17 @@ class Folder:
         return self.name in TINY_MODELS
 
 
-def find(name: str, revision: str | None = None) -> Folder:
-    """Locate a model and check everything but its weights. Raises BadInput saying what is wrong with it."""
+def find(name: str, revision: str | None = None, *, fetch: bool = True) -> Folder:
+    """Locate a model and check everything but its weights. Raises BadInput saying what is wrong with it.
+
+    Unless told to `fetch`, a hub id is looked for in the local cache alone.
+    """
     if name in TINY_MODELS:
         path = write_tiny_model(name, cached(name))
     elif Path(name).is_dir():
         path = Path(name)
     else:
-        path = _download(name, revision, _SMALL_FILES)
+        path = _download(name, revision, _SMALL_FILES, fetch)
     config = _json(path / "config.json", f"{name} is not a model folder")
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
@@ -92,9 +95,7 @@ def find(name: str, revision: str | None = None) -> Folder:
     if problems := refused(path, name):
         raise BadInput(problems)
     try:
-        vision = config.get("vision_config", {})
-        patch = int(vision.get("patch_size", 14 if family == "qwen2_vl" else 16))
-        merge = int(vision.get("spatial_merge_size", 2))
+        patch, merge = _geometry(config)
         special = {
             "<|image_pad|>": int(config.get("image_token_id", 151655)),
             "<|vision_start|>": int(config.get("vision_start_token_id", 151652)),
@@ -111,6 +112,22 @@ def find(name: str, revision: str | None = None) -> Folder:
             f"{name}: patch_size {patch} and spatial_merge_size {merge} in {path}/config.json: not 1 to 64"
         )
     return Folder(path, name, revision, family, patch, merge, special, special_tokens)
+
+
+def _geometry(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Side of a vision patch in pixels, and patches per side of a token, as config.json has them."""
+    vision = config.get("vision_config", {})
+    patch = int(vision.get("patch_size", 14 if config["model_type"] == "qwen2_vl" else 16))
+    return patch, int(vision.get("spatial_merge_size", 2))
+
+
+def factor_of(config: Mapping[str, Any]) -> int | None:
+    """`Folder.factor` by a config.json alone, such as a checkpoint's; None where it has none."""
+    try:
+        patch, merge = _geometry(config) if config["model_type"] in FAMILIES else (0, 0)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        return None
+    return patch * merge if 1 <= patch <= 64 and 1 <= merge <= 64 else None
 
 
 def refused(path: Path, name: str) -> list[str]:
@@ -197,12 +214,14 @@ def _special_tokens(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str], fetch: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not fetch)
+        )
     except HFValidationError:
         raise BadInput(
             f"model.name: {name!r} is neither a folder here nor a hub id such as owner/name"

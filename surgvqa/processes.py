@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
+import surgvqa
 from surgvqa.recipe import BadInput
 from surgvqa.terminal import Formatter
 
@@ -70,6 +75,34 @@ def check_device(device: torch.device, name: str) -> None:
 def name(device: torch.device) -> str:
     """What a person calls a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, devices and processes: what a figure means nothing without."""
+    packages = ("torch", "transformers", "accelerate", "peft", "numpy")
+    found = {
+        "surgvqa": surgvqa.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "cuda": torch.version.cuda,
+        "device": name(accelerator.device),
+        "processes": accelerator.num_processes,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _commit() -> str | None:
+    """That of our own checkout; None where we are installed elsewhere, or there is no git."""
+    root = Path(surgvqa.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def stop(accelerator: Accelerator) -> None:

@@ -236,3 +236,9 @@ def rows(file: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             found.append(row)
     return found
+
+
+def number(value: object) -> float | None:
+    """Text, NaN and what no run comes to are none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and abs(value) < 1e15 else None  # type: ignore[arg-type]

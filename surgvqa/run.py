@@ -35,9 +35,9 @@ from surgvqa.terminal import Console
 log = logging.getLogger("surgvqa")
 
 EVALUATIONS, CHECKPOINTS = "eval.jsonl", "checkpoints.jsonl"
-TRACE, UNUSUAL = "trace.jsonl", "unusual.jsonl"
-RECORDS = (METRICS, EVALUATIONS, CHECKPOINTS, TRACE, UNUSUAL)
-"""Files with a line per step, evaluation or checkpoint."""
+TRACE, UNUSUAL, STARTS = "trace.jsonl", "unusual.jsonl", "starts.jsonl"
+RECORDS = (METRICS, EVALUATIONS, CHECKPOINTS, TRACE, UNUSUAL, STARTS)
+"""Files with a line per step, evaluation, checkpoint or start."""
 
 RECENT = 50
 """So many of the last gradient norms are what a step's own is compared with."""
@@ -179,6 +179,13 @@ def owned(run: Path, accelerator: Accelerator) -> Iterator[list[str]]:
         if accelerator.is_main_process:
             end(run, code, reason)
             locks[0].release()
+
+
+def record_start(run: Path, step: int, environment: Mapping[str, Any]) -> None:
+    """A line of starts.jsonl: after which step, when, and `processes.environment`."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with (run / STARTS).open("a", encoding="utf-8") as file:
+        _append(file, {"step": step, "at": now, **environment})
 
 
 def record_skipped(run: Path, skipped: Sequence[Problem]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from surgvqa import lock, recipe
 from surgvqa.endings import ENDED
 from surgvqa.recipe import BadInput
-from surgvqa.results import content, rows
+from surgvqa.results import content, number, rows
 
 TRAIN, EVALUATE = Path("slurm/train.sbatch"), Path("slurm/evaluate.sbatch")
 PASSED_ON = ("time", "partition", "account", "qos", "mem", "cpus-per-task", "signal")
@@ -124,12 +124,12 @@ def _submissions(given: argparse.Namespace) -> list[Submission]:
     options = [f"--job-name=surgvqa-{name}", f"--comment={output}", *shape, *own, *site, *array]
     flags = ["--accept-changes"] if given.accept_changes else []
     submissions: list[Submission] = []
-    for number in range(given.chain or 1):
+    for link in range(given.chain or 1):
         trains = [str(TRAIN), *words, *flags]
         chained = ["--no-requeue"] if given.chain else []
-        if number == 0 and given.fresh:
+        if link == 0 and given.fresh:
             trains += ["--fresh", "--yes"]
-        if number > 0:
+        if link > 0:
             chained += ["--export=ALL,SURGVQA_CHAINED=1"]  # ends at once where the run is done
         before = submissions[-1] if submissions else None
         submissions.append(Submission([*options, *chained], trains, after=before))
@@ -224,9 +224,9 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
         state = str(ended.get("name") or ("killed" if folder.is_dir() else "unknown"))
     steps = rows(folder / "metrics.jsonl")
     last = steps[-1] if steps else {}
-    step = _number(last.get("step"))
+    step = number(last.get("step"))
     total = _total(folder, last)
-    seconds = [value for row in steps[-20:] if (value := _number(row.get("seconds"))) is not None]
+    seconds = [value for row in steps[-20:] if (value := number(row.get("seconds"))) is not None]
     eta = None
     if state == "running" and seconds and total and step is not None:
         eta = min(max(0.0, total - step) * sum(seconds) / len(seconds), 1e9)
@@ -278,7 +278,7 @@ def _total(folder: Path, last: dict[str, Any]) -> int | None:
         return None
     if settings.train.max_steps:
         return settings.train.max_steps
-    step, epoch = _number(last.get("step")), _number(last.get("epoch"))
+    step, epoch = number(last.get("step")), number(last.get("epoch"))
     return round(step / epoch) * settings.train.epochs if step and epoch and epoch > 1e-9 else None
 
 
@@ -296,23 +296,17 @@ def _best(folder: Path) -> str:
     told = []
     scores = content(folder / "scores.json")
     overall = scores.get("overall")
-    if isinstance(overall, dict) and (exact := _number(overall.get("exact"))) is not None:
+    if isinstance(overall, dict) and (exact := number(overall.get("exact"))) is not None:
         told.append(f"{scores.get('split', 'final')} {exact:.1%}")
     settings = _recipe(folder)
     metric = settings.eval.metric if settings else "exact"
-    known = [row for row in rows(folder / "eval.jsonl") if _number(row.get(metric)) is not None]
+    known = [row for row in rows(folder / "eval.jsonl") if number(row.get(metric)) is not None]
     if known:
         pick = min if metric in recipe.SMALLER_IS_BETTER else max
         top = pick(known, key=lambda row: float(row[metric]))
         value = f"{top[metric]:.1%}" if metric == "exact" else f"{metric} {top[metric]:.4f}"
         told.append(f"{top.get('split', 'val')} {value} at step {top.get('step', '?')}")
     return ", ".join(told)
-
-
-def _number(value: object) -> float | None:
-    """Text, NaN and what no run comes to are none."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and abs(value) < 1e15 else None  # type: ignore[arg-type]
 
 
 def _short(folder: Path) -> str:

@@ -45,6 +45,7 @@ from surgvqa.run import (
     owned,
     record_changes,
     record_skipped,
+    record_start,
     resumable,
 )
 from surgvqa.terminal import Console
@@ -170,6 +171,7 @@ def _train(
             record_changes(run, resume)
         checkpoint.write_text(run / "recipe.yaml", settings.dump())
         record_skipped(run, prepared.skipped)
+        record_start(run, start, processes.environment(accelerator))
     for line in banner(
         prepared, questions, plan, network, accelerator, compute, fitting, total, start, adapter
     ):

@@ -26,6 +26,7 @@ from benchmarks import (  # noqa: E402
     options,
     peer,
     plan,
+    report,
     train,
     where,
 )
@@ -172,6 +173,15 @@ def test_data_measures_stages_and_workers_against_training(results: Path) -> Non
         assert row["delivered"].keys() == {"0", "1"}
         assert row["training_images_per_s"].keys() == {"1", "8"}
         assert row["gpu_workers"] >= 1
+
+
+def test_a_page_is_made_and_opened(tmp_path: Path) -> None:
+    assert report.main(["--images", "8", "--questions", "60", "--out", str(tmp_path)]) == 0
+    without, with_pictures = written(tmp_path / "report.json")["rows"]
+    assert without["side"] is None
+    assert with_pictures["side"] >= 160
+    assert without["mb"] < with_pictures["mb"] < 25
+    assert "| with pictures |" in charts.tables(tmp_path)["report"]
 
 
 def test_charts_and_tables(results: Path, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import os
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from rich.console import Console
 
+from surgvqa import processes
 from surgvqa.endings import StorageFailure
 from surgvqa.recipe import BadInput, Log
-from surgvqa.run import Records, claim
+from surgvqa.run import Records, claim, clear, record_start
 
 
 def reopened(run: Path, start: int, settled: bool = True) -> None:
@@ -68,3 +70,16 @@ def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(StorageFailure, match="No space left on device; make room"):
         claim(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["ended.json"]
+
+
+def test_versions_and_devices_of_each_start_that_counts_are_kept(tmp_path: Path) -> None:
+    told = processes.environment(Accelerator(cpu=True))
+    assert {"surgvqa", "torch", "transformers", "python", "device", "processes"} <= told.keys()
+    for step in (0, 7, 9):
+        record_start(tmp_path, step, told)
+    reopened(tmp_path, 7)
+    rows = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 7]
+    assert rows[0].items() >= told.items()
+    clear(tmp_path)
+    assert not (tmp_path / "starts.jsonl").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from surgvqa import metrics
+from surgvqa import metrics, scores
 from surgvqa.datasets import Example
 from surgvqa.metrics import Prediction, Prior
 
@@ -65,23 +65,20 @@ def test_the_prior_is_the_majority_of_each_question_in_train() -> None:
 
 def test_scores_by_hand() -> None:
     prior = Prior([asked("Q", "no"), asked("How many?", "1", "count")])
-    result = metrics.scores(
-        [
-            predicted("Q", "yes", "yes"),
-            predicted("Q", "no", "yes"),
-            predicted("Q", "no", "no", "none"),
-            predicted("How many?", "1", "2", kind="count"),
-        ],
-        prior,
-    )
-    assert result == {
-        "overall": {"n": 4, "exact": 2 / 4, "prior": 1 / 4},
-        "by_type": {
-            "count": {"n": 1, "exact": 0.0, "prior": 0.0},
-            "yes_no": {"n": 3, "exact": 2 / 3, "prior": 1 / 3},
-        },
+    rows = [
+        predicted("Q", "yes", "yes"),
+        predicted("Q", "no", "yes"),
+        predicted("Q", "no", "no", "none"),
+        predicted("How many?", "1", "2", kind="count"),
+    ]
+    assert scores.values(rows, prior) == {"n": 4, "exact": 2 / 4, "prior": 1 / 4, "above_prior": 1 / 4}
+    by_type = scores.score(rows, prior, resamples=1)["by_type"]
+    assert {kind: (own["n"], own["exact"], own["prior"]) for kind, own in by_type.items()} == {
+        "count": (1, 0.0, 0.0),
+        "yes_no": (3, 2 / 3, 1 / 3),
     }
-    assert metrics.scores([], prior)["overall"] == {"n": 0, "exact": None, "prior": None}
+    assert scores.values([], prior) == {"n": 0, "exact": None, "prior": None}
+    assert scores.values(rows, Prior([]))["prior"] is None
 
 
 def test_inverse_class_weights_are_scikit_learns() -> None:

@@ -282,7 +282,8 @@ def test_evaluation_in_between_leaves_training_as_it_is(runs: Runs) -> None:
     """Bit for bit, with dropout."""
     words = ["model.tune=lora", "model.lora.dropout=0.1", "train.max_steps=9"]
     plain = trace(runs.here("not-evaluated", *words))
-    evaluated = runs.here("evaluated", *words, "eval.every=2", "eval.max_new_tokens=3", "eval.questions=5")
+    words += ["eval.every=2", "eval.max_new_tokens=3", "eval.questions=5", "eval.metric=loss"]
+    evaluated = runs.here("evaluated", *words)
     assert len((evaluated / "eval.jsonl").read_text(encoding="utf-8").splitlines()) == 5
     assert trace(evaluated) == plain
 

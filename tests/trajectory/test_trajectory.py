@@ -131,7 +131,7 @@ def test_the_answers_do_not_depend_on_processes(runs: Runs) -> None:
 
 
 @pytest.mark.fault("F24")
-def test_label_probabilities_do_not_depend_on_processes(runs: Runs) -> None:
+def test_label_probabilities_and_the_validation_loss_do_not_depend_on_processes(runs: Runs) -> None:
     sets: dict[str, list[str]] = {}
     for _, answers, kind in TOPICS:
         sets[kind] = [*dict.fromkeys([*sets.get(kind, []), *answers])]
@@ -140,9 +140,11 @@ def test_label_probabilities_do_not_depend_on_processes(runs: Runs) -> None:
         "train.lr=1e-9",  # AdamW's first step would make much of gradients that are little but rounding
         "eval.final=test",
         "eval.answers=labels",
+        "eval.every=9",
+        "eval.metric=loss",
         f"data.labels={json.dumps(sets)}",
     ]
-    found = []
+    found, judged = [], []
     alone = runs.here("labels-alone", *changes)
     done = runs.launched(
         "labels-together",
@@ -155,6 +157,12 @@ def test_label_probabilities_do_not_depend_on_processes(runs: Runs) -> None:
         rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
         nats = [{label: math.log(p) for label, p in row["probabilities"].items()} for row in rows]
         found.append({row["id"]: each for row, each in zip(rows, nats, strict=True)})
+        (row,) = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+        assert row.pop("split") == "val"
+        judged.append(row)
+    alone_judged, together_judged = judged
+    assert together_judged == pytest.approx(alone_judged, rel=1e-5)
+    assert together_judged["loss"] == pytest.approx(alone_judged["loss"], rel=1e-6)
     assert found[0].keys() == found[1].keys()
     for question, nats_of_labels in found[0].items():
         assert found[1][question] == pytest.approx(nats_of_labels, rel=1e-5, abs=1e-5)

@@ -105,7 +105,7 @@ class Predictor:
         the model writes. By default it does what the recipe's `eval.answers` says, with the labels that
         `data.labels` has for the type. Raises BadInput where an image cannot be read, where a text is empty
         or holds a special token of the model, where labels are needed and not known, and where all of it
-        is longer than `batch.tokens_per_micro_batch`.
+        is longer than `batch.tokens_per_micro_batch`. A question cannot point at boxes, as those of data can.
         """
         return self.ask_all(image, [question], question_types=[question_type], labels=labels)[0]
 
@@ -210,7 +210,8 @@ def load_predictor(
     `source` is a run's folder (its best checkpoint, else its newest), one of its checkpoints, or the name or
     folder of a model as it was published. For the last, `recipe` is a file whose prompts and image settings
     hold; without one: a letterbox of 768 pixels, no prompts of our own, bf16. A checkpoint brings its recipe.
-    `overrides` change recipe keys, such as `eval.max_new_tokens=200`. `device` is by default the first GPU;
+    `overrides` change recipe keys, such as `eval.max_new_tokens=200`; those that an evaluation was given must
+    be given here too for the same answers. `device` is by default the first GPU;
     name `cpu` where a real model is to compute there. Sets TF32 for the process, as evaluation does. Raises
     BadInput saying what is wrong with source, recipe, model or device.
     """

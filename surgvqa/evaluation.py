@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,46 +74,71 @@ def opened(
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
 ) -> Source:
-    """Find what `source` means: a run's folder (its best checkpoint, else its newest), a checkpoint's, or a
-    model's name or folder.
+    """What is to be evaluated, see `model_of`, and where to: a run's own folder, `output`, or for a published
+    model a folder beside that of the recipe.
 
-    A checkpoint brings the recipe that it was trained with; a model is asked as `recipe_file` says, and
-    what comes of it goes to a folder of its own beside that recipe's. Raises BadInput where there is no such
-    thing, or it is not whole.
+    Raises BadInput as `model_of` does, and where the results would have no place.
     """
     folder = Path(source)
-    by_itself = (folder / checkpoint.MANIFEST).exists()
-    trained = by_itself or (folder / "recipe.yaml").exists()
-    if trained and recipe_file:
-        raise BadInput(f"--recipe is for a model as it was published; {folder} brings its own recipe")
-    if trained:
-        chosen = folder if by_itself else checkpoint.chosen(folder)
-        if by_itself and (problems := checkpoint.verify(folder)):
-            raise BadInput(f"{folder}: {problem}" for problem in problems)
-        settings = checkpoint.recipe_of(chosen, overrides)
-        home = folder.parent.parent if by_itself else folder
-        if by_itself and output is None and not (home / "recipe.yaml").is_file():
+    settings, found = model_of(source, recipe_file, overrides)
+    by_itself = found is not None and folder.resolve() == found.resolve()
+    if output is not None:
+        run = Path(output)
+    elif found is None:
+        told = (folder / "recipe.yaml").is_file()  # an earlier evaluation's folder
+        run = folder if told else Path(f"{settings.output.rstrip('/')}-{Path(source).name}")
+    else:
+        run = folder.parent.parent if by_itself else folder
+        if not (run / "recipe.yaml").is_file():
             raise BadInput(f"{folder} does not lie in a run's folder; say where the results go with --out")
-        run = Path(output) if output else home
-        return Source(settings, run, chosen, by_itself and output is None, tuple(overrides))
-    if recipe_file is None:
+    return Source(settings, run, found, by_itself and output is None, tuple(overrides))
+
+
+def model_of(
+    source: str | Path,
+    recipe_file: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    otherwise: str | None = None,
+) -> tuple[Recipe, Path | None]:
+    """The recipe of a source, and the checkpoint that has its weights; None for a model as it was published.
+
+    `source` is a run's folder (its best checkpoint, else its newest), a checkpoint's, or a model's name or
+    folder. A checkpoint brings the recipe that it was trained with; a published model takes that of
+    `recipe_file`, else of the text `otherwise`. Raises BadInput where there is no such thing, or it is not
+    whole.
+    """
+    folder = Path(source)
+    by_itself, told = (folder / checkpoint.MANIFEST).is_file(), folder / "recipe.yaml"
+    if (by_itself or told.is_file()) and recipe_file is not None:
+        raise BadInput(f"--recipe is for a model as it was published; {folder} brings its own recipe")
+    if by_itself:
+        if problems := checkpoint.verify(folder):
+            raise BadInput(f"{folder}: {problem}" for problem in problems)
+        return checkpoint.recipe_of(folder, overrides), folder
+    if told.is_file():
+        if any(each.scores and each.checkpoint is None for each in results.evaluations(folder)):
+            return recipe.load(told, overrides), None
+        chosen = checkpoint.chosen(folder)
+        return checkpoint.recipe_of(chosen, overrides), chosen
+    if recipe_file is None and (
+        otherwise is None or (folder.is_dir() and not (folder / "config.json").exists())
+    ):
         what = "holds neither a run nor a checkpoint" if folder.is_dir() else "is no run's folder"
         raise BadInput(
             f"{source} {what}; to evaluate a model as it was published, name the data with --recipe, e.g. "
             "--recipe recipes/exp1_768.yaml"
         )
-    name = str(source)
-    settings = recipe.load(recipe_file, [f"model.name={json.dumps(name)}", "model.adapter=null", *overrides])
-    if settings.model.revision and not any(each.startswith("model.revision=") for each in overrides):
-        told = recipe.load(recipe_file)
-        if told.model.name != name:  # the revision is of the recipe's own model
-            settings = replaced(settings, "model.revision=null")
-    run = Path(output) if output else Path(f"{settings.output.rstrip('/')}-{Path(name).name}")
-    return Source(replaced(settings, f"output={json.dumps(str(run))}"), run, None, overrides=tuple(overrides))
 
+    def read(words: Sequence[str]) -> Recipe:
+        if recipe_file is not None:
+            return recipe.load(recipe_file, words)
+        return recipe.parse(otherwise or "", words, where=str(source))
 
-def replaced(settings: Recipe, *overrides: str) -> Recipe:
-    return recipe.parse(settings.dump(), overrides)
+    words = [f"model.name={json.dumps(str(source))}", "model.adapter=null"]
+    if read(overrides).model.name != str(source):  # the revision is of the recipe's own model
+        words.append("model.revision=null")
+    return read([*words, *overrides]), None
 
 
 def predict(
@@ -476,7 +502,7 @@ def _claim(source: Source) -> None:
     if trained or (run.is_dir() and any(run.iterdir()) and not told.is_file()):
         what = "holds another run" if trained else "holds other things"
         raise BadInput(f"{run} {what}; choose a folder of its own for the results with --out")
-    settings = replaced(source.settings, f"output={json.dumps(str(run))}")
+    settings = recipe.parse(source.settings.dump(), [f"output={json.dumps(str(run))}"])
     if told.is_file():
         others = [
             each

@@ -191,6 +191,11 @@ def _export(
             "The system message is not part of this; give it to the model: "
             f"{json.dumps(settings.prompt.system, ensure_ascii=False)}"
         )
+    if settings.eval.cascade != "none":
+        notes.append(
+            f"The recipe asks in a cascade (`eval.cascade: {settings.eval.cascade}`); here each question stands "
+            "without the earlier ones."
+        )
     rows = [
         Row(example, _prompt(settings, example), answers[example.id].answer if answers else None)
         for example in asked

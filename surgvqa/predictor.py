@@ -8,7 +8,6 @@ Canvas, prompts and decoding are those of `surgvqa evaluate`, and so are the ans
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +21,10 @@ from accelerate.utils import parse_flag_from_env
 from numpy.typing import NDArray
 from PIL import Image
 
-from surgvqa import checkpoint, hub, letterbox, model, processes, recipe
+from surgvqa import hub, letterbox, processes
 from surgvqa.audit import closed_set
 from surgvqa.datasets import Dataset, Example, ImageRef, Region, normalise
-from surgvqa.evaluation import answers_of, prediction_of
+from surgvqa.evaluation import answers_of, model_of, prediction_of
 from surgvqa.letterbox import Canvas
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared
@@ -85,7 +84,8 @@ class Predictor:
         prompt = settings.prompt
         chat = ChatTokens(found, system=prompt.system, instructions=prompt.instructions)
         self._prepared = _Ready(settings, found, chat, Dataset([], []), {}, {}, [], [], {})
-        self._network = _network(self._prepared, folder).to(device).eval()
+        network = self._prepared.network(folder) if folder else self._prepared.published()
+        self._network = network.to(device).eval()
 
     def __repr__(self) -> str:
         return f"Predictor({self.checkpoint or self.recipe.model.name}, {self.device})"
@@ -215,40 +215,12 @@ def load_predictor(
     name `cpu` where a real model is to compute there. Sets TF32 for the process, as evaluation does. Raises
     BadInput saying what is wrong with source, recipe, model or device.
     """
-    settings, folder = _opened(os.fspath(source), recipe, list(overrides))
+    settings, folder = model_of(os.fspath(source), recipe, list(overrides), otherwise=_ZERO_SHOT)
     if device is None:
         gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
         device = "cuda" if gpu else "cpu"
         processes.check_device(torch.device(device), settings.model.name)
     return Predictor(settings, folder, torch.device(device))
-
-
-def _opened(
-    source: str, zero_shot: str | os.PathLike[str] | None, overrides: list[str]
-) -> tuple[Recipe, Path | None]:
-    """The recipe of a source and, unless it is a published model, its checkpoint, which verifies."""
-    path = Path(source)
-    trained = (path / checkpoint.MANIFEST).is_file()
-    if trained or (path / "recipe.yaml").is_file():
-        if zero_shot is not None:
-            raise BadInput(f"recipe: {source} brings its own; leave it out, and give overrides")
-        if trained and (problems := checkpoint.verify(path)):
-            raise BadInput([f"{path}: {problem}" for problem in problems])
-        folder = path if trained else checkpoint.chosen(path)
-        return checkpoint.recipe_of(folder, overrides), folder
-    words = [f"model.name={json.dumps(source)}", "model.revision=null", *overrides]
-    if zero_shot is not None:
-        return recipe.load(Path(zero_shot), words), None
-    return recipe.parse(_ZERO_SHOT, words, where=source), None
-
-
-def _network(prepared: Prepared, folder: Path | None) -> Any:
-    """The model with a checkpoint's weights; as it was published without adapters that do nothing yet."""
-    if folder is not None:
-        return prepared.network(folder)
-    settings = prepared.recipe.train
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    return model.build(prepared.folder, dtype=dtype, seed=settings.seed)
 
 
 def _ref(picture: Any, number: int) -> ImageRef:

@@ -465,7 +465,7 @@ class Recipe(_Section):
         ]
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply overrides such as `train.lr=1e-4`.
 
     Raises BadInput listing every problem, each as `file: key: what is wrong`.

@@ -109,6 +109,8 @@ def test_a_published_model_is_evaluated_with_a_recipe(
     assert answers == found.evaluation().predictions
     assert cli.main([*command, f"output={tmp_path / 'exp'}", "--split", "test"]) == 0  # again, into its own
     assert slurm.look(folder, {}).state == "evaluated"
+    assert cli.main(["evaluate", str(folder), "--split", "test", "--ablate", "black"]) == 0
+    assert len(results.load_run(folder).evaluations) == 2
 
 
 def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> None:

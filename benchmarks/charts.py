@@ -281,7 +281,7 @@ def _grouping_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _scores_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "| Answers | Predictions | Images | Values with intervals | Sums | Resamples | Resamples, by the clock |",
+        "| Answers | Predictions | Images | Values with intervals | Sums | Resamples | By the clock |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [

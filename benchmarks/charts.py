@@ -1,5 +1,5 @@
 """Results as charts and tables: `python -m benchmarks.charts` reads the files in benchmarks/results, draws
-docs/images and writes the tables between the markers of docs/benchmarks.md.
+docs/images and writes the tables between the markers of docs/benchmarks.md and docs/metrics.md.
 
 Needs matplotlib: `pip install -e '.[bench]'`.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.record import RESULTS
 
 DOCS = RESULTS.parents[1] / "docs"
+PAGES = ("benchmarks.md", "metrics.md")
 FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen3_vl": "Qwen3-VL"}
 LOOKS = {
     "trees": ("trees", "#0072b2", "o"),
@@ -52,12 +53,17 @@ def tables(results: Path) -> dict[str, str]:
         "grouping": _grouping_table,
         "audit": _audit_table,
         "report": _report_table,
+        "scores": _scores_table,
+        "corruptions": _corruptions_table,
     }
-    return {
+    made = {
         name: _where(content) + "\n\n" + maker(content["rows"])
         for name, maker in makers.items()
         if (content := _read(results, name))
     }
+    if content := _read(results, "scores"):
+        made["checks"] = _checks_table(content["rows"])
+    return made
 
 
 def filled(page: str, made: Mapping[str, str]) -> str:
@@ -287,6 +293,50 @@ def _grouping_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _scores_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| Answers | Predictions | Images | Values with intervals | Sums | Resamples | By the clock |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row['answers']} | {row['predictions']:,} | {row['images']:,} | {row['scores']} "
+        f"| {row['sums_cpu_s']:.1f} s | {_spread(row['resamples_cpu_s'], 1)} s "
+        f"| {_spread(row['resamples_s'], 1)} s |"
+        for row in rows
+        if "answers" in row
+    ]
+    return "\n".join(lines)
+
+
+def _checks_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| Score | Reference | Values | Largest difference | Held by, in `tests/` |",
+        "|---|---|--:|--:|---|",
+    ]
+    for row in rows:
+        if "reference" not in row:
+            continue
+        versions = "".join(f"; {name} {number}" for name, number in row["versions"].items())
+        file, _, test = row["test"].partition("::")
+        lines.append(
+            f"| {row['scores']} | {row['reference']}{versions} | {row['values']:,} "
+            f"| {row['difference']:.0e} | `{file}`: `{test}` |"
+        )
+    return "\n".join(lines).replace("0e+00", "0")
+
+
+def _corruptions_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    sizes = list(dict.fromkeys((row["width"], row["height"]) for row in rows))
+    lines = [
+        "| Kind " + "".join(f"| {width:,} × {height:,} " for width, height in sizes) + "|",
+        "|---" + "|--:" * len(sizes) + "|",
+    ]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        lines.append(f"| {kind} " + "".join(f"| {_spread(row['seconds'], 2)} s " for row in own) + "|")
+    return "\n".join(lines)
+
+
 def _data_table(rows: Sequence[Mapping[str, Any]]) -> str:
     workers = list(rows[0]["delivered"])
     lines = [
@@ -337,16 +387,17 @@ def _read(results: Path, name: str) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks.charts", description=__doc__.partition(":")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of benchmarks.md and images/")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages and images/")
     given = parser.parse_args(argv)
     made = tables(given.results)
-    page = given.docs / "benchmarks.md"
-    page.write_text(filled(page.read_text(encoding="utf-8"), made), encoding="utf-8")
+    pages = [given.docs / name for name in PAGES]
+    for page in pages:
+        page.write_text(filled(page.read_text(encoding="utf-8"), made), encoding="utf-8")
     for table in made.values():
         print(table, end="\n\n")
     for file in draw(given.results, given.docs / "images"):
         print(f"written: {file} ({file.stat().st_size / 1000:.0f} kB)")
-    print(f"written: {page}")
+    print(f"written: {', '.join(map(str, pages))}")
     return 0
 
 

@@ -12,6 +12,7 @@ sums of each group are taken once, and a draw is a row of counts times those sum
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -81,18 +82,22 @@ def bootstrap(tallies: Sequence[Tally], *, resamples: int = RESAMPLES, seed: int
     """
     if not tallies:
         return []
-    sums = np.ascontiguousarray(np.concatenate([tally.sums for tally in tallies], axis=1))
-    groups, width = sums.shape
+    sums = np.concatenate([tally.sums for tally in tallies], axis=1)
+    groups = len(sums)
     # Groups with the same sums need no telling apart: where there are few kinds of them, kinds are drawn.
-    rows = sums.view(np.dtype((np.void, sums.itemsize * width))).ravel()
-    _, first, times = np.unique(rows, return_index=True, return_counts=True)
-    shares = times / groups if _FEWER_KINDS * len(times) <= groups else None
-    if shares is not None:
-        sums = sums[first]
+    kinds = Counter(row.tobytes() for row in sums)
+    shares = None
+    if _FEWER_KINDS * len(kinds) <= groups:
+        shares = np.array([kinds[kind] for kind in sorted(kinds)]) / groups
+        sums = np.frombuffer(b"".join(sorted(kinds))).reshape(len(kinds), -1)
+    # Nor is a column that several scores need, or that is empty, summed twice.
+    number: dict[bytes, int] = {}
+    place = [number.setdefault(column.tobytes(), len(number)) for column in sums.T]
+    sums = sums[:, np.unique(place, return_index=True)[1]]
     ends = np.cumsum([tally.sums.shape[1] for tally in tallies])[:-1]
     found: list[list[Array]] = [[] for _ in tallies]
     for counts in draws(groups, resamples, seed, shares):
-        parts = np.split(counts @ sums, ends, axis=1)
+        parts = np.split((counts @ sums)[:, place], ends, axis=1)
         for tally, own, drawn in zip(tallies, parts, found, strict=True):
             drawn.append(tally.formula(own))
     return [np.concatenate(drawn) for drawn in found]

@@ -133,7 +133,8 @@ class Scored:
                 f"class scores are for at least {QUESTIONS_PER_LABEL} questions for each"
             )
         # An answer that may be given but that no question here has for a reference is a class, too.
-        chosen = {normalise(label) for row in self._of(rows) for label in row.probabilities or ()}
+        offered = {label for row in self._of(rows) for label in row.probabilities or ()}
+        chosen = set(map(normalise, offered))
         answers = [
             reference if right else normalise(row.answer)
             for row, reference, right in zip(self._of(rows), truth, self.right[rows], strict=True)
@@ -193,7 +194,8 @@ class Scored:
         if any(own.keys() != odds[0].keys() for own in odds):
             return "the questions here have different sets of labels to choose among"
         share = np.array([[own[label] for label in labels] for own in odds])
-        truth = np.array([[normalise(label) == self.truth[row] for label in labels] for row in rows])
+        names = [normalise(label) for label in labels]
+        truth = np.array([[name == self.truth[row] for name in names] for row in rows])
         both = truth.any(0) & ~truth.all(0)
         if not both.any():
             return "no label is right for some questions and wrong for others"

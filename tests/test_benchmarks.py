@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     audit,
     charts,
     checkpoint,
+    corruptions,
     data,
     decode,
     grouping,
@@ -27,6 +28,7 @@ from benchmarks import (  # noqa: E402
     peer,
     plan,
     report,
+    scores,
     train,
     where,
 )
@@ -137,6 +139,42 @@ def test_an_audit_decodes_once(tmp_path: Path) -> None:
     assert "| everything again |" in charts.tables(tmp_path)["audit"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the references, about the data
+def test_scores_are_those_of_their_references(tmp_path: Path) -> None:
+    few = ["--seeds", "1", "--predictions", "300", "--resamples", "50", "--rounds", "1"]
+    assert scores.main([*few, "--out", str(tmp_path)]) == 0
+    rows = written(tmp_path / "scores.json")["rows"]
+    compared = {row["scores"]: row for row in rows if "reference" in row}
+    unchecked = set() if find_spec("pycocoevalcap") else {"`cider`"}
+    assert compared.keys() == {check.scores for check in scores.CHECKS} - unchecked
+    assert all(row["difference"] <= row["limit"] and row["values"] for row in compared.values())
+    assert [row["answers"] for row in rows if "answers" in row] == list(scores.KINDS)
+    assert "| labels, with probabilities | 300 |" in charts.tables(tmp_path)["scores"]
+    assert charts.tables(tmp_path)["checks"].count("\n| `") == len(rows) - len(scores.KINDS) - 2
+
+
+def test_every_score_names_a_test_that_there_is() -> None:
+    for check in scores.CHECKS:
+        file, _, name = check.test.partition("::")
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+def test_a_score_that_is_another_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = scores.Check("`exact`", "another", lambda seed: {"exact": (0.5, 0.6)}, "")
+    monkeypatch.setattr(scores, "CHECKS", [wrong])
+    with pytest.raises(SystemExit, match="more than"):
+        scores.main(["--seeds", "1", "--out", str(tmp_path)])
+
+
+def test_corruptions_are_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corruptions, "SIZES", ((64, 48),))
+    sheet = tmp_path / "sheet.webp"
+    assert corruptions.main(["--rounds", "1", "--out", str(tmp_path), "--sheet", str(sheet)]) == 0
+    assert [row["kind"] for row in written(tmp_path / "corruptions.json")["rows"]] == list(corruptions.KINDS)
+    assert sheet.stat().st_size < 150_000
+    assert "| smoke |" in charts.tables(tmp_path)["corruptions"]
+
+
 def test_options_learn_the_same(results: Path) -> None:
     rows = written(results / "options.json")["rows"]
     assert [row["way"] for row in rows] == ["default", "all recomputed"]
@@ -199,8 +237,11 @@ def test_charts_and_tables(results: Path, tmp_path: Path) -> None:
 
 
 def test_the_page_holds_the_committed_results() -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert charts.filled(page, charts.tables(RESULTS)) == page
+    pages = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in charts.PAGES}
+    for page in pages.values():
+        assert charts.filled(page, charts.tables(RESULTS)) == page
+    assert "<!-- checks -->\n|" in pages["metrics.md"]
+    page = pages["benchmarks.md"]
     for file in RESULTS.glob("*.json"):
         assert f"<!-- {file.stem} -->" in page
     assert {"train", "decode", "data", "labels", "options", "plan", "grouping", "where", "checkpoint"} <= set(

@@ -116,6 +116,13 @@ def test_meteor_matches_words_and_stems_but_no_synonyms() -> None:
     assert of(["colon"], [["polyp", "colon"]])["meteor_stem"] == pytest.approx(0.5)
 
 
+def test_meteor_aligns_from_the_end_where_a_word_comes_twice() -> None:
+    """nltk's way: "a" at the end is matched, which makes 2 chunks of 2 words, where 1 is possible."""
+    mean = (2 / 3) / (0.9 * 2 / 3 + 0.1)  # P = 2/3, R = 1
+    assert of(["a polyp a"], [["a polyp"]])["meteor_stem"] == pytest.approx(mean * (1 - 0.5 * (2 / 2) ** 3))
+    assert of(["a polyp in"], [["a polyp"]])["meteor_stem"] == pytest.approx(mean * (1 - 0.5 * (1 / 2) ** 3))
+
+
 def test_cider_by_hand() -> None:
     """Two questions, so an n-gram of one of them weighs log 2; 3- and 4-grams are not there and give 0."""
     references = [[["a", "b"]], [["c", "d"]]]

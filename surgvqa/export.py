@@ -193,8 +193,8 @@ def _export(
         )
     if settings.eval.cascade != "none":
         notes.append(
-            f"The recipe asks in a cascade (`eval.cascade: {settings.eval.cascade}`); here each question stands "
-            "without the earlier ones."
+            f"The recipe asks in a cascade (`eval.cascade: {settings.eval.cascade}`); here each question "
+            "stands without the earlier ones."
         )
     rows = [
         Row(example, _prompt(settings, example), answers[example.id].answer if answers else None)

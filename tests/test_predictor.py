@@ -117,7 +117,7 @@ def test_written_answers_are_those_of_the_evaluation(run: Path, model: Predictor
 def test_chosen_answers_are_those_of_the_evaluation(run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(run, tmp_path / "run"))
     overrides = ["eval.answers=labels", *closed_sets()]
-    surgvqa.evaluate(str(run), "test", overrides)
+    surgvqa.evaluate(str(run), "test", overrides=overrides)
     chosen = surgvqa.load_predictor(run, overrides=overrides, device="cpu")
     assert all(row.probabilities for row in check_answers(chosen, run))
 
@@ -244,7 +244,7 @@ def test_what_cannot_be_asked_is_said(run: Path, tmp_path: Path) -> None:
 
 
 def test_sources_that_are_none_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"recipe: .* brings its own"):
+    with pytest.raises(BadInput, match=r"--recipe is for .* brings its own"):
         surgvqa.load_predictor(run, recipe=run / "recipe.yaml")
     copy = Path(shutil.copytree(next((run / "checkpoints").iterdir()), tmp_path / "step-000003"))
     with (copy / "adapter_model.safetensors").open("ab") as file:

@@ -67,7 +67,7 @@ def record(
     part: Part = "test",
     variant: str = "",
     *,
-    resamples: int = 300,
+    resamples: int = 100,
     **more: Any,
 ) -> None:
     """What an evaluation leaves."""

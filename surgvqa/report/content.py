@@ -75,12 +75,22 @@ class Bucket(_Values):
         return "*" * self.few + "†" * self.few_groups
 
 
+class Group(BaseModel):
+    """All questions of a video or a patient."""
+
+    n: int
+    few: bool
+    exact: float
+    prior: float | None
+
+
 class Scores(BaseModel):
     """What the page reads of scores.json."""
 
     groups: int
     overall: Bucket
     by_type: dict[str, Bucket]
+    by_group: dict[str, Group] = {}
 
 
 @dataclass(frozen=True)
@@ -239,6 +249,16 @@ def against_first(judged: Sequence[Entry]) -> list[Against]:
 
 def told_p(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def groups(judged: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, Group]]]]:
+    """Groups that hold several images, with each run's share of right answers: where it is lowest first."""
+    found: dict[str, list[tuple[Entry, Group]]] = defaultdict(list)
+    for entry in judged:
+        assert entry.scores
+        for name, group in entry.scores.by_group.items():
+            found[name].append((entry, group))
+    return sorted(found.items(), key=lambda pair: (min(group.exact for _, group in pair[1]), pair[0]))
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ def test_pictures_fit_their_room(data: Path) -> None:
         "image: {size: 768}, output: x}"
     )
     every = {ref.key: ref for e in datasets.load(settings.data).examples for ref in e.images}
-    refs = list(every.values())[:20]
+    refs = list(every.values())[:12]
     sizes = []
     for room in (10_000_000, 100_000, 10_000):
         made = gallery.pictures(refs, settings, 32, room)
@@ -638,7 +638,7 @@ def test_sixty_thousand_predictions(tmp_path: Path, browser: Browser) -> None:
     print(f"{len(many):,} predictions: {time.monotonic() - began:.1f} s, {page.stat().st_size / 1e6:.1f} MB")
     assert page.stat().st_size <= report.MOST
     browser.complaints.clear()
-    assert browser.open(page) < 5
+    assert browser.open(page) < 8
     began = time.monotonic()
     choose(browser, "query", "polyp")
     assert time.monotonic() - began < 1

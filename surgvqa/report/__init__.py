@@ -223,10 +223,6 @@ def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FunctionLoader(_part),
     autoescape=True,
@@ -236,7 +232,7 @@ _TEMPLATES = jinja2.Environment(
 )
 _TEMPLATES.filters |= {
     "printable": printable,
-    "signed": _signed,
+    "signed": content.signed,
     "p": content.told_p,
     "percent": scores.percent,
 }

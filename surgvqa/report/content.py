@@ -173,8 +173,13 @@ def shown(name: str, value: float | None) -> str:
     if value is None:
         return "–"
     if name in _PERCENT:
-        return f"{100 * value:+.1f}" if name == "above_prior" else f"{100 * value:.1f}"
+        return signed(value) if name == "above_prior" else f"{100 * value:.1f}"
     return f"{value:.2f}" if name == "cider" else f"{value:.3f}"
+
+
+def signed(share: float) -> str:
+    """A difference of shares, times 100."""
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def ends(name: str, bucket: _Values) -> str:
@@ -597,9 +602,9 @@ def _change(part: Compared | None, p: float | None) -> list[str]:
     if part is None or "exact" not in part.scores:
         return ["–", "–"]
     exact = part.scores["exact"]
-    interval = " [{:+.1f}, {:+.1f}]".format(*(100 * end for end in exact.interval)) if exact.interval else ""
+    interval = f" [{', '.join(map(signed, exact.interval))}]" if exact.interval else ""
     corrected = exact.p_holm if exact.p_holm is not None else p if p is not None else exact.p
-    return [f"{100 * exact.difference:+.1f}{interval}", told_p(corrected).replace("<", "\\<")]
+    return [f"{signed(exact.difference)}{interval}", told_p(corrected).replace("<", "\\<")]
 
 
 def _escaped(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import re
 import subprocess
 import sys
@@ -233,6 +234,32 @@ def test_hostile_text_is_text(tmp_path: Path, data: Path) -> None:
     assert "<b>&run" not in page
     told = packed(run / "report.html")
     assert any("\\u202e" in text for text in told["texts"])
+
+
+def test_records_that_are_nonsense_do_no_harm(data: Path, tmp_path: Path) -> None:
+    run = make(tmp_path / "run", data, labels=True, variants=["black", "smoke:1", "smoke:²", "<u>:1"])
+    rows = [
+        {"step": 1, "loss": "<u>", "lr": None, "grad_norm": [], "seconds": True, "questions": 1e300},
+        {"step": "one", "loss": 1}, {"step": 2, "loss": math.nan, "lr": math.inf, "seconds": -3},
+        {"step": 3, "loss": -1e14, "lr": 1e-300, "grad_norm": 0, "seconds": 0, "questions": -1},
+    ]  # fmt: skip
+    for name in ("metrics", "eval", "checkpoints", "starts"):
+        (run / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "[1]\n{")
+    (run / "ended.json").write_text(json.dumps({"name": {"<u>": 1}, "at": ["<u>"]}))
+    assert "<u>" not in report.write([run]).read_text()
+    told = json.loads((run / "scores.json").read_text())
+    for key, value in (
+        ("exact", math.nan), ("exact", "<u>"), ("exact", 1e300), ("n", -5), ("intervals", {"exact": [2, -1]}),
+        ("intervals", {"exact": [1]}), ("absent", {"<u>": "<u>"}), ("few", "x"), ("legacy", {"iou": "x"}),
+        ("reliability", [{"n": -1, "confidence": 0, "exact": 0}]), ("<u>", 1), ("exact", None),
+    ):  # fmt: skip
+        (run / "scores.json").write_text(json.dumps({**told, "overall": {**told["overall"], key: value}}))
+        assert "<u>" not in report.write([run], pictures=False).read_text()
+        report.markdown([run])
+    (run / "scores.json").write_text(
+        json.dumps({**told, "overrides": ["data.path=/none", 3, "x"], "split": 3})
+    )
+    assert "By question type" in texts(report.write([run]))
 
 
 def test_what_is_gone_is_said_and_the_page_is_made(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgvqa import datasets, findings, recipe, results, scores
 from surgvqa.audit import PARTS
@@ -40,16 +40,20 @@ _TILES = ("balanced_accuracy", "macro_f1", "auroc", "ece", "iou", "ap50", "bleu4
 _PERCENT = {"exact", "prior", "above_prior", "balanced_accuracy", *scores.CLASSES}
 
 
-class _Bin(BaseModel):
-    n: int
-    confidence: float
-    exact: float
+class _Known(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
-class _Values(BaseModel):
+class _Bin(_Known):
+    n: int = Field(ge=1)
+    confidence: float = Field(ge=0, le=1)
+    exact: float = Field(ge=0, le=1)
+
+
+class _Values(_Known):
     """Scores by name, whatever they are called."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
     intervals: dict[str, tuple[float, float]] = {}
 
     @property
@@ -75,7 +79,7 @@ class Bucket(_Values):
         return "*" * self.few + "†" * self.few_groups
 
 
-class Group(BaseModel):
+class Group(_Known):
     """All questions of a video or a patient."""
 
     n: int
@@ -84,7 +88,7 @@ class Group(BaseModel):
     prior: float | None
 
 
-class Scores(BaseModel):
+class Scores(_Known):
     """What the page reads of scores.json."""
 
     groups: int
@@ -364,7 +368,7 @@ def robustness(judged: Sequence[Entry]) -> list[Chart]:
         levels: dict[str, list[tuple[int, Bucket]]] = defaultdict(list)
         for variant, evaluation in entry.variants.items():
             kind, colon, level = variant.partition(":")
-            if colon and level.isdigit() and len(level) < 3:
+            if colon and level.isdecimal() and len(level) < 3:
                 levels[kind].append((int(level), _scores(evaluation, entry.notes).overall))
         for kind, of_kind in sorted(levels.items()):
             course = [(0, whole), *sorted(of_kind, key=lambda pair: pair[0])]

@@ -67,7 +67,7 @@ def record(
     part: Part = "test",
     variant: str = "",
     *,
-    resamples: int = 300,
+    resamples: int = 100,
     **more: Any,
 ) -> None:
     """What an evaluation leaves."""
@@ -101,7 +101,7 @@ def make(
     record(folder, [change(row) for row in answer(examples, skill, seed, labels=labels, boxes=boxes)], prior)
     for variant in variants:
         level = variant.partition(":")[2]
-        lost = skill * (0.12 * int(level) if level else 0.8)
+        lost = skill * (0.12 * int(level) if level.isdecimal() else 0.8)
         record(
             folder, answer(examples, skill - lost, seed, labels=labels, boxes=boxes), prior, variant=variant
         )

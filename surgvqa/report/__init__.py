@@ -31,8 +31,8 @@ from surgvqa.results import content as json_of
 MOST = 25_000_000
 """Bytes that a page has at most."""
 
-_TYPES = 60
-"""Question types that are shown as bars."""
+_TYPES, _GROUPS = 60, 60
+"""Question types, and groups, that are shown as bars."""
 
 
 def markdown(folders: Sequence[Path], split: str | None = None) -> str:
@@ -154,6 +154,7 @@ class _Page:
             for kind, bucket in entry.scores.by_type.items():
                 kinds[kind] = max(kinds.get(kind, 0), bucket.n)
         blind = {entry.number: content.blind(entry) for entry in judged}
+        groups = content.groups(judged)
         environments = [content.environment(entry) for entry in shown]
         costs = [content.costs(entry) for entry in shown]
         legacy = [
@@ -170,6 +171,8 @@ class _Page:
             "compared": {each.entry.number: each for each in compared},
             "kinds": sorted(kinds, key=lambda kind: (-kinds[kind], kind))[:_TYPES],
             "more_kinds": max(0, len(kinds) - _TYPES),
+            "groups": groups[:_GROUPS],
+            "more_groups": max(0, len(groups) - _GROUPS),
             "marks": _marks(judged),
             "tiles": {entry.number: content.tiles(entry) for entry in judged},
             "all_scores": content.all_scores(judged),
@@ -220,10 +223,6 @@ def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FunctionLoader(_part),
     autoescape=True,
@@ -233,7 +232,7 @@ _TEMPLATES = jinja2.Environment(
 )
 _TEMPLATES.filters |= {
     "printable": printable,
-    "signed": _signed,
+    "signed": content.signed,
     "p": content.told_p,
     "percent": scores.percent,
 }

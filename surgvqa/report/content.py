@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgvqa import datasets, findings, recipe, results, scores
 from surgvqa.audit import PARTS
@@ -40,16 +40,20 @@ _TILES = ("balanced_accuracy", "macro_f1", "auroc", "ece", "iou", "ap50", "bleu4
 _PERCENT = {"exact", "prior", "above_prior", "balanced_accuracy", *scores.CLASSES}
 
 
-class _Bin(BaseModel):
-    n: int
-    confidence: float
-    exact: float
+class _Known(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
-class _Values(BaseModel):
+class _Bin(_Known):
+    n: int = Field(ge=1)
+    confidence: float = Field(ge=0, le=1)
+    exact: float = Field(ge=0, le=1)
+
+
+class _Values(_Known):
     """Scores by name, whatever they are called."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
     intervals: dict[str, tuple[float, float]] = {}
 
     @property
@@ -75,12 +79,22 @@ class Bucket(_Values):
         return "*" * self.few + "†" * self.few_groups
 
 
-class Scores(BaseModel):
+class Group(_Known):
+    """All questions of a video or a patient."""
+
+    n: int
+    few: bool
+    exact: float
+    prior: float | None
+
+
+class Scores(_Known):
     """What the page reads of scores.json."""
 
     groups: int
     overall: Bucket
     by_type: dict[str, Bucket]
+    by_group: dict[str, Group] = {}
 
 
 @dataclass(frozen=True)
@@ -163,8 +177,13 @@ def shown(name: str, value: float | None) -> str:
     if value is None:
         return "–"
     if name in _PERCENT:
-        return f"{100 * value:+.1f}" if name == "above_prior" else f"{100 * value:.1f}"
+        return signed(value) if name == "above_prior" else f"{100 * value:.1f}"
     return f"{value:.2f}" if name == "cider" else f"{value:.3f}"
+
+
+def signed(share: float) -> str:
+    """A difference of shares, times 100."""
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def ends(name: str, bucket: _Values) -> str:
@@ -239,6 +258,16 @@ def against_first(judged: Sequence[Entry]) -> list[Against]:
 
 def told_p(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def groups(judged: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, Group]]]]:
+    """Groups that hold several images, with each run's share of right answers: where it is lowest first."""
+    found: dict[str, list[tuple[Entry, Group]]] = defaultdict(list)
+    for entry in judged:
+        assert entry.scores
+        for name, group in entry.scores.by_group.items():
+            found[name].append((entry, group))
+    return sorted(found.items(), key=lambda pair: (min(group.exact for _, group in pair[1]), pair[0]))
 
 
 @dataclass(frozen=True)
@@ -339,7 +368,7 @@ def robustness(judged: Sequence[Entry]) -> list[Chart]:
         levels: dict[str, list[tuple[int, Bucket]]] = defaultdict(list)
         for variant, evaluation in entry.variants.items():
             kind, colon, level = variant.partition(":")
-            if colon and level.isdigit() and len(level) < 3:
+            if colon and level.isdecimal() and len(level) < 3:
                 levels[kind].append((int(level), _scores(evaluation, entry.notes).overall))
         for kind, of_kind in sorted(levels.items()):
             course = [(0, whole), *sorted(of_kind, key=lambda pair: pair[0])]
@@ -577,9 +606,9 @@ def _change(part: Compared | None, p: float | None) -> list[str]:
     if part is None or "exact" not in part.scores:
         return ["–", "–"]
     exact = part.scores["exact"]
-    interval = " [{:+.1f}, {:+.1f}]".format(*(100 * end for end in exact.interval)) if exact.interval else ""
+    interval = f" [{', '.join(map(signed, exact.interval))}]" if exact.interval else ""
     corrected = exact.p_holm if exact.p_holm is not None else p if p is not None else exact.p
-    return [f"{100 * exact.difference:+.1f}{interval}", told_p(corrected).replace("<", "\\<")]
+    return [f"{signed(exact.difference)}{interval}", told_p(corrected).replace("<", "\\<")]
 
 
 def _escaped(text: str) -> str:

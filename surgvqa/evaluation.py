@@ -117,13 +117,12 @@ def model_of(
             raise BadInput(f"{folder}: {problem}" for problem in problems)
         return checkpoint.recipe_of(folder, overrides), folder
     if told.is_file():
-        if any(each.scores and each.checkpoint is None for each in results.evaluations(folder)):
+        published = any(each.scores and each.checkpoint is None for each in results.evaluations(folder))
+        if published and not (folder / "checkpoints").is_dir():
             return recipe.load(told, overrides), None
         chosen = checkpoint.chosen(folder)
         return checkpoint.recipe_of(chosen, overrides), chosen
-    if recipe_file is None and (
-        otherwise is None or (folder.is_dir() and not (folder / "config.json").exists())
-    ):
+    if recipe_file is None and otherwise is None:
         what = "holds neither a run nor a checkpoint" if folder.is_dir() else "is no run's folder"
         raise BadInput(
             f"{source} {what}; to evaluate a model as it was published, name the data with --recipe, e.g. "

@@ -382,7 +382,8 @@ def examine(
     predictions = _predictions(prepared, questions, answers)
     found = main_first(accelerator, lambda: scores.score(predictions, prepared.prior()))
     model = {"name": settings.model.name, "revision": prepared.folder.revision}
-    result = {**found, "split": part, "model": model}
+    environment = processes.environment(accelerator)
+    result = {**found, "split": part, "model": model, "environment": environment}
     if source.checkpoint:
         result["checkpoint"] = source.checkpoint.name
     if variant:

@@ -468,13 +468,11 @@ def _time(hours: float) -> str:
 
 
 def environment(entry: Entry) -> dict[str, str]:
-    """Versions and devices of the last start, and how the run ended."""
+    """Versions and devices of the last start, else of the evaluation, and how the run ended."""
     started = rows(entry.run.folder / "starts.jsonl")
-    last = (
-        {key: str(value) for key, value in started[-1].items() if key not in ("step", "at")}
-        if started
-        else {}
-    )
+    known = started[-1] if started else entry.judged.scores.get("environment") if entry.judged else None
+    known = known if isinstance(known, dict) else {}
+    last = {key: str(value) for key, value in known.items() if key not in ("step", "at")}
     last |= {"started": str(started[-1]["at"])} if started and "at" in started[-1] else {}
     ended = content(entry.run.folder / "ended.json")
     told = {"ended": " ".join(str(ended[key]) for key in ("name", "at") if key in ended)} if ended else {}

@@ -399,6 +399,7 @@ def examine(
     if source.overrides:
         result["overrides"] = list(source.overrides)
     if main:
+        files[1].unlink(missing_ok=True)  # those of before are not beside these answers, whatever happens
         checkpoint.write_text(files[0], "".join(_line(prediction.row()) for prediction in predictions))
         checkpoint.write_json(files[1], result)
         begun.end()

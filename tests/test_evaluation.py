@@ -408,6 +408,20 @@ def test_the_model_is_left_in_the_mode_it_was_in(home: Path) -> None:
     assert network.training
 
 
+def test_scores_are_never_beside_other_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(run, "test")
+
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.checkpoint, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, "test", overrides=["image.size=96"])
+    assert results.load_run(run).evaluations[0].scores == {}
+    assert evaluate(run, "test", overrides=["image.size=96"])["overrides"] == ["image.size=96"]
+
+
 def test_a_full_disk_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     def full(*given: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(run / "predictions.jsonl.partial"))

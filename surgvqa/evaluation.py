@@ -46,6 +46,13 @@ whether to stop."""
 
 ABLATIONS = ("black", "shuffle")
 
+_DECIDING = (
+    "model.name:", "model.revision:", "data.", "prompt.", "image.", "train.precision:", "train.seed:",
+    "eval.final:", "eval.answers:", "eval.max_new_tokens:", "eval.cascade:",
+)  # fmt: skip
+"""Keys, or sections, that decide what is asked and what the answers to it are; of the data not how many
+workers read them."""
+
 Probabilities = dict[str, float] | None
 """Label → probability among the labels; None where the model wrote its answer."""
 Answers = dict[int, tuple[str, Probabilities]]
@@ -385,7 +392,7 @@ def examine(
     environment = processes.environment(accelerator)
     result = {**found, "split": part, "model": model, "environment": environment}
     if source.checkpoint:
-        result["checkpoint"] = source.checkpoint.name
+        result |= {"checkpoint": source.checkpoint.name, "manifest": _weights(source.checkpoint)}
     if variant:
         result["variant"] = variant
     if settings.data.on_error == "skip":
@@ -393,6 +400,7 @@ def examine(
     if source.overrides:
         result["overrides"] = list(source.overrides)
     if main:
+        files[1].unlink(missing_ok=True)  # those of before are not beside these answers, whatever happens
         checkpoint.write_text(files[0], "".join(_line(prediction.row()) for prediction in predictions))
         checkpoint.write_json(files[1], result)
         begun.end()
@@ -403,14 +411,21 @@ def examine(
 def _fingerprint(prepared: Prepared, part: Part, folder: Path | None, variant: str) -> str:
     """Digest of all that decides an answer; not of how many processes and questions share the work."""
     settings = prepared.recipe.model_dump(mode="json")
-    weights = (folder / checkpoint.MANIFEST).read_bytes() if folder else prepared.folder.revision
+    # A hub id's folder has the commit in its name; the seed draws shuffled images and tiny models' weights.
     conditions = [
-        repr(weights), part, variant, prepared.fingerprint(part),
+        _weights(folder), str(prepared.folder.path), part, variant, prepared.fingerprint(part),
         {key: settings[key] for key in ("model", "prompt", "image")},
-        settings["train"]["precision"], settings["data"]["labels"],
+        settings["train"]["precision"], settings["train"]["seed"], settings["data"]["labels"],
         {key: settings["eval"][key] for key in ("answers", "max_new_tokens", "cascade")},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
+
+
+def _weights(folder: Path | None) -> str | None:
+    """Digest of a checkpoint's manifest, which has those of all its files; None for a published model."""
+    if folder is None:
+        return None
+    return f"sha256:{hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()}"
 
 
 def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:
@@ -467,7 +482,8 @@ def _evaluate(
         raise BadInput(f"{source.run}: the data has no {part} part to evaluate; choose another with --split")
     questions = prepared.questions(part, asked=True)
     prepared.plan(questions)  # finds what cannot fit before the model loads
-    posed = {variant: prepared.varied(questions, variant) for variant in variants}
+    for variant in variants:
+        prepared.varied(questions, variant)  # finds what cannot be done, too
     main_first(accelerator, lambda: _claim(source))
     if main:
         for warning in condensed(replace(p, what=f"{p.what}; left out") for p in prepared.skipped):
@@ -479,7 +495,7 @@ def _evaluate(
             network,
             prepared,
             part,
-            asked,
+            prepared.varied(questions, variant),
             source,
             accelerator=accelerator,
             compute=compute,
@@ -487,7 +503,7 @@ def _evaluate(
             stop=stop,
             variant=variant,
         )
-        for variant, asked in posed.items()
+        for variant in variants
     ]
     processes.stop(accelerator)
     return found
@@ -503,19 +519,25 @@ def _claim(source: Source) -> None:
         what = "holds another run" if trained else "holds other things"
         raise BadInput(f"{run} {what}; choose a folder of its own for the results with --out")
     settings = recipe.parse(source.settings.dump(), [f"output={json.dumps(str(run))}"])
-    if told.is_file():
-        others = [
-            each
-            for each in recipe.load(told).differences(settings)
-            if each.startswith(("model.name", "model.revision", "data."))
-        ]
-        if others:
-            raise BadInput(
-                f"{run} holds results of another model or of other data: {'; '.join(others)}; "
-                "choose another folder with --out"
-            )
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(told, settings.dump())
+    if not told.is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(told, settings.dump())
+        return
+    # What is changed for one evaluation its scores record, and the folder's recipe stays.
+    changed = [word for word in source.overrides if not word.startswith(("model", "data"))]
+    others = [
+        each
+        for each in recipe.load(told, changed).differences(settings)
+        if each.startswith(_DECIDING) and not each.startswith("data.workers:")
+    ]
+    there = [each for each in results.evaluations(run) if each.scores]
+    if any(each.scores.get("manifest") != _weights(source.checkpoint) for each in there):
+        others.append(f"the weights are not those of {there[0].checkpoint or 'the published model'}")
+    if others:
+        raise BadInput(
+            f"{run} holds results of another model, of other data or by another recipe: {'; '.join(others)}; "
+            "choose another folder with --out"
+        )
 
 
 @torch.inference_mode()

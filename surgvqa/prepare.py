@@ -203,7 +203,12 @@ class Prepared:
     def judged(self, questions: Questions) -> dict[str, str]:
         """What makes scores of evaluations comparable: the metric, and a digest of what is asked and how."""
         ignored = {"every", "split", "questions", "metric", "keep_best", "patience", "final"}
-        how = self.recipe.eval.model_dump(exclude=ignored)
+        how = [
+            self.recipe.eval.model_dump(exclude=ignored),
+            self.recipe.prompt.model_dump(),
+            self.recipe.image.model_dump(exclude={"augment"}),
+            self.recipe.loss.per,
+        ]
         labels = questions.labels or [()] * len(questions)
         asked = sorted(zip(questions.examples, labels, strict=True), key=lambda row: row[0].id)
         rows = (
@@ -213,6 +218,7 @@ class Prepared:
                 e.answers,
                 e.regions,
                 e.asked_regions,
+                e.context,
                 [self.digests[image.key] for image in e.images],
                 [*own],
             )

@@ -191,7 +191,7 @@ def choose(
     """The evaluation of a part (see `Run.evaluation`), by the checkpoint that the run chose itself."""
     judged_by = file_names("test", "test", variant=variant)[0]
     for each in among:  # those with the shortest names come first
-        asked_by_itself = each.checkpoint and each.checkpoint in each.predictions_file.name
+        asked_by_itself = each.checkpoint and f".{each.checkpoint}." in each.predictions_file.name
         right = each.split == split if split else each.predictions_file.name == judged_by
         if right and each.variant == variant and not asked_by_itself:
             return each

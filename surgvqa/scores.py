@@ -124,7 +124,8 @@ class Scored:
 
     def _classes(self, rows: Rows) -> Tally | str:
         truth = [self.truth[row] for row in rows]
-        labels = sorted(set(truth))
+        # Whatever is answered, so that a score is not there for one model and absent for another.
+        labels = sorted({normalise(row.references[0]) for row in self._of(rows)})
         if len(labels) > LABELS:
             return f"{len(labels)} different references; class scores are for at most {LABELS}"
         if len(rows) < QUESTIONS_PER_LABEL * len(labels):
@@ -139,7 +140,7 @@ class Scored:
             reference if right else normalise(row.answer)
             for row, reference, right in zip(self._of(rows), truth, self.right[rows], strict=True)
         ]
-        labels = sorted({*labels, *(chosen & set(answers))})
+        labels = sorted({*truth, *(chosen & set(answers))})
         number = {label: place for place, label in enumerate(labels)}
         outside = len(labels)
         true = np.array([number[label] for label in truth])
@@ -195,7 +196,8 @@ class Scored:
             return "the questions here have different sets of labels to choose among"
         share = np.array([[own[label] for label in labels] for own in odds])
         names = [normalise(label) for label in labels]
-        truth = np.array([[name == self.truth[row] for name in names] for row in rows])
+        references = [{normalise(reference) for reference in row.references} for row in self._of(rows)]
+        truth = np.array([[name in right for name in names] for right in references])
         both = truth.any(0) & ~truth.all(0)
         if not both.any():
             return "no label is right for some questions and wrong for others"

@@ -129,7 +129,7 @@ def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> Non
         evaluate("tiny-qwen3-vl", "test", recipe=recipe_file, output=tmp_path / "mine")
     evaluate("tiny-qwen3-vl", "test", recipe=recipe_file, output=tmp_path / "qwen3")
     with pytest.raises(
-        BadInput, match=r"qwen3 holds results of another model .*'tiny-qwen3-vl' → 'tiny-qwen2"
+        BadInput, match=r"qwen3 holds results of another model.*'tiny-qwen3-vl' → 'tiny-qwen2"
     ):
         evaluate("tiny-qwen2-vl", "test", recipe=recipe_file, output=tmp_path / "qwen3")
     with pytest.raises(BadInput, match="run holds another run; choose a folder of its own"):
@@ -204,6 +204,35 @@ def test_a_stopped_evaluation_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch
     assert not (run / "predictions.jsonl.partial").exists()
 
 
+def test_results_of_one_folder_are_of_one_model_and_one_recipe(home: Path, tmp_path: Path) -> None:
+    folder, text = tmp_path / "out", (home / "recipe.yaml").read_text()
+
+    def again(*words: str, file: Path = home / "recipe.yaml", split: Any = "test") -> dict[str, Any]:
+        return evaluate("tiny-qwen3-vl", split, recipe=file, output=folder, overrides=words)
+
+    again()
+    told = (folder / "recipe.yaml").read_text()
+    # What one evaluation changes is told with it, and is not the next one's.
+    assert again("image.size=96", "data.workers=1")["overrides"] == ["image.size=96", "data.workers=1"]
+    assert (folder / "recipe.yaml").read_text() == told
+    evaluate(folder, "test", overrides=["image.size=96"])
+    assert opened(folder).settings.image.size == 64
+    (home / "larger.yaml").write_text(text.replace("size: 64", "size: 96"))
+    for words, file, said in [
+        ((), home / "larger.yaml", "image.size: 64 → 96"),
+        (["data.on_error=skip"], home / "recipe.yaml", "data.on_error: 'fail' → 'skip'"),
+    ]:
+        with pytest.raises(BadInput, match=said):
+            again(*words, file=file, split="val")
+    run = home / "run"
+    with pytest.raises(BadInput, match="the weights are not those of the published model"):
+        evaluate(run / "checkpoints" / "step-000002", "val", output=folder)
+    evaluate(run, "test", output=tmp_path / "mine")
+    other = train.train(recipe.load(home / "recipe.yaml", [f"output={tmp_path / 'other'}", "train.lr=0.1"]))
+    with pytest.raises(BadInput, match="the weights are not those of step-000002"):
+        evaluate(other, "val", output=tmp_path / "mine")
+
+
 @pytest.mark.parametrize(
     "word", ["eval.max_new_tokens=3", "prompt.system=Look!", "image.size=96", "train.precision=bf16"]
 )
@@ -217,6 +246,17 @@ def test_answers_to_other_questions_are_not_taken(
     scores = evaluation._evaluate(opened(run, overrides=[word]), "test", [""])[0]
     assert again.asked == scores["overall"]["n"]
     assert scores["overrides"] == [word]
+
+
+def test_answers_about_other_shuffled_pictures_are_not_taken(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop: Any = Counted(monkeypatch, 2)
+    with pytest.raises(Preempted):
+        evaluation._evaluate(opened(run), "test", ["shuffle"], stop)
+    again = Counted(monkeypatch, 10**9)
+    scores = evaluation._evaluate(opened(run, overrides=["train.seed=7"]), "test", ["shuffle"])[0]
+    assert again.asked == scores["overall"]["n"]
 
 
 def test_batches_and_rows_change_nothing(run: Path) -> None:
@@ -366,6 +406,20 @@ def test_the_model_is_left_in_the_mode_it_was_in(home: Path) -> None:
     assert not network.training
     chunks.close()
     assert network.training
+
+
+def test_scores_are_never_beside_other_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(run, "test")
+
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.checkpoint, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, "test", overrides=["image.size=96"])
+    assert results.load_run(run).evaluations[0].scores == {}
+    assert evaluate(run, "test", overrides=["image.size=96"])["overrides"] == ["image.size=96"]
 
 
 def test_a_full_disk_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -107,6 +107,21 @@ def test_blind_is_compared_in_pairs(runs: list[Path]) -> None:
     assert black.difference.interval[0] < lost < black.difference.interval[1]
 
 
+@pytest.mark.parametrize("more", [{"checkpoint": "step-000100"}, {"overrides": ["image.size=256"]}], ids=str)
+def test_other_pictures_count_only_where_all_else_is_the_same(
+    data: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    run = make(tmp_path / "run", data, variants=["black", "shuffle"])
+    file = run / "scores.black.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    (entry,) = content.entries([run], None)
+    assert [each.what for each in content.blind(entry)] == ["images of other questions"]
+    assert "scores.black.json is left out" in entry.notes[0]
+    told = json.loads(file.read_text()) | {"checkpoint": "step-000200", "overrides": ["data.workers=1"]}
+    file.write_text(json.dumps(told))
+    assert len(content.entries([run], None)[0].variants) == 2
+
+
 def test_runs_side_by_side(runs: list[Path], pages: dict[str, Path]) -> None:
     first, second = (json.loads((run / "scores.json").read_text())["overall"] for run in runs)
     text = texts(pages["two"])

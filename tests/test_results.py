@@ -60,6 +60,12 @@ def test_the_evaluation_that_is_meant_is_found(run: Path) -> None:
     assert found.evaluation().checkpoint == "step-000009"
 
 
+def test_a_checkpoint_may_be_called_like_a_part_of_a_files_name(run: Path) -> None:
+    write(run, "test")
+    (run / "scores.json").write_text('{"split": "test", "checkpoint": "json"}')
+    assert load_run(run).evaluation().checkpoint == "json"
+
+
 def test_what_is_not_there_is_said_with_the_command(run: Path) -> None:
     with pytest.raises(BadInput, match=r"no predictions; run `surgvqa evaluate \S+` first$"):
         load_run(run).evaluation()

@@ -204,6 +204,15 @@ def test_why_class_scores_are_absent() -> None:
     assert "macro_f1" in overall([*few, row(49, "x", "label 9")])
 
 
+def test_which_scores_there_are_does_not_depend_on_the_answers() -> None:
+    """Training that is judged by one of them would lose it half-way."""
+    share = {"a": 0.5, "b": 0.3, "c": 0.2}
+    alike = [row(n, "a", "a", "b", "c", probabilities=share) for n in range(10)]
+    told = [row(n, "abc"[n % 3], "a", "b", "c", probabilities=share) for n in range(10)]
+    assert overall(alike).keys() == overall(told).keys() >= {"macro_f1", "ece"}
+    assert overall(alike)["absent"].keys() == overall(told)["absent"].keys()
+
+
 # ---- text ---------------------------------------------------------------------------------------------
 
 
@@ -266,6 +275,17 @@ def test_auroc_by_hand() -> None:
     shares = [(0.9, "yes"), (0.4, "yes"), (0.4, "no"), (0.1, "no")]
     made = [row(n, "no", truth, probabilities={"yes": p, "no": 1 - p}) for n, (p, truth) in enumerate(shares)]
     assert overall(made)["auroc"] == pytest.approx(3.5 / 4)
+
+
+def test_auroc_takes_every_reference_for_right() -> None:
+    """Whichever of them was answered."""
+    shares = [(0.9, ("yes", "maybe")), (0.4, ("maybe", "yes")), (0.4, ("no",)), (0.1, ("no",))]
+    for answers in (["yes"] * 4, ["maybe", "yes", "no", "no"]):
+        made = [
+            row(n, answer, *truth, probabilities={"yes": p, "no": 1 - p})
+            for n, (answer, (p, truth)) in enumerate(zip(answers, shares, strict=True))
+        ]
+        assert overall(made)["auroc"] == pytest.approx(3.5 / 4)
 
 
 def test_auroc_of_resamples_is_close_to_that_of_repeated_questions() -> None:

@@ -211,12 +211,16 @@ def test_the_smallest_loss_is_the_best_and_is_compared_with_its_like_alone(
     def known(*changes: str) -> tuple[float, int]:
         prepared = prepare(settings(*words, *changes))
         judged = validation.Validation(prepared).judged
-        found = resumable(run, prepared.recipe, prepared.fingerprint(), judged=judged)
+        found = resumable(run, prepared.recipe, prepared.fingerprint(), accept_changes=True, judged=judged)
         assert found
         return found.best, found.stale
 
-    assert known() == known("checkpoint.every=1", "eval.patience=2", "eval.keep_best=true") == (-1.0, 1)
-    for change in ("eval.metric=exact", "eval.questions=5", "eval.split=test", "eval.max_new_tokens=3"):
+    same = known("checkpoint.every=1", "eval.patience=2", "eval.keep_best=true", "image.augment=endoscopy")
+    assert known() == same == (-1.0, 1)
+    for change in (
+        "eval.metric=exact", "eval.questions=5", "eval.split=test", "eval.max_new_tokens=3",
+        "prompt.system=Look!", "image.size=64", "loss.per=question",
+    ):  # fmt: skip
         assert known(change) == (-math.inf, 0), change
 
 

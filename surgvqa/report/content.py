@@ -165,11 +165,27 @@ def entries(folders: Sequence[Path], split: str | None) -> list[Entry]:
         variants = {}
         for variant in sorted({each.variant for each in run.evaluations if each.variant}) if judged else ():
             try:
-                variants[variant] = run.evaluation(split, variant)
+                told = run.evaluation(split, variant)
             except BadInput:  # only of another part
                 continue
+            assert judged
+            if judged.scores and _conditions(told) != _conditions(judged):
+                notes.append(
+                    f"{told.scores_file.name} is left out: it is of another checkpoint than "
+                    f"{judged.scores_file.name}, or by another recipe; evaluate again"
+                )
+            else:
+                variants[variant] = told
         found.append(Entry(place, printable(name), run, judged, variants, notes))
     return found
+
+
+def _conditions(evaluation: Evaluation) -> tuple[str | None, list[Any]]:
+    """The checkpoint, and the overrides but for those that say how the work is done."""
+    words = evaluation.scores.get("overrides")
+    work = ("batch.", "data.workers=", "model.attn=")
+    kept = [word for word in words if not str(word).startswith(work)] if isinstance(words, list) else []
+    return evaluation.checkpoint, kept
 
 
 def shown(name: str, value: float | None) -> str:

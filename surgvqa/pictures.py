@@ -13,7 +13,7 @@ from surgvqa import grounding, letterbox
 from surgvqa.datasets import Example
 from surgvqa.datasets.splits import position
 from surgvqa.metrics import Prediction, exact
-from surgvqa.recipe import BadInput, printable
+from surgvqa.recipe import printable
 from surgvqa.tree import Questions
 
 COLOURS = {"asked": "yellow", "answered": "lime", "predicted": "cyan"}
@@ -60,12 +60,8 @@ class Sheet:
     def _frames(self, example: Example) -> list[Image.Image]:
         frames = []
         for image in example.images[:FRAMES]:
-            try:
-                drawn = letterbox.draw(
-                    letterbox.open_rgb(image.read()), self.questions.canvases[image.key], self.questions.fill
-                )
-            except (OSError, ValueError) as error:
-                raise BadInput(f"image {image.key}: {error}") from error
+            canvas = self.questions.canvases[image.key]
+            drawn = letterbox.draw(letterbox.read_rgb(image), canvas, self.questions.fill)
             frames.append(ImageOps.contain(drawn, (WIDTH, WIDTH)))
         return frames
 

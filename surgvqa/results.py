@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgvqa import datasets, recipe, scores
-from surgvqa.letterbox import open_rgb
+from surgvqa.letterbox import read_rgb
 from surgvqa.metrics import Prediction, exact
 from surgvqa.recipe import BadInput, Part, Recipe
 
@@ -129,13 +129,7 @@ class Run:
                 f"question {prediction.id!r}: the data do not have it with the image {prediction.image}; "
                 f"were they changed? They are read from {self.recipe.data.path or self.recipe.data.format}"
             )
-        found = []
-        for image in example.images:
-            try:
-                found.append(open_rgb(image.read()))
-            except (OSError, ValueError) as error:
-                raise BadInput(f"image {image.key}: {error}") from None
-        return found
+        return [read_rgb(image) for image in example.images]
 
     @cached_property
     def _examples(self) -> dict[str, datasets.Example]:

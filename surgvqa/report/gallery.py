@@ -13,7 +13,7 @@ import bisect
 import functools
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -27,6 +27,7 @@ from surgvqa.letterbox import Canvas
 from surgvqa.metrics import Prediction, normalise
 from surgvqa.recipe import Recipe, printable
 from surgvqa.scan import cores
+from surgvqa.terminal import tracked
 
 _SIZES = (
     (768, 80), (640, 75), (512, 72), (448, 70), (384, 66), (320, 62), (256, 58), (224, 54), (192, 50),
@@ -123,7 +124,8 @@ def pictures(
         made = pool.map(functools.partial(_encoded, draw=drawn, side=side, quality=quality), refs)
         found, used = Pictures({}, [], {}, {}, side=side), 0
         left_out = 0
-        for ref, (data, size, canvas) in zip(refs, _shown(made, len(refs), progress), strict=True):
+        shown = tracked(made, "pictures", len(refs)) if progress else made
+        for ref, (data, size, canvas) in zip(refs, shown, strict=True):
             if canvas is None:
                 found.faults[ref.key] = str(data)
             elif used + len(data) > room:
@@ -148,10 +150,7 @@ def _drawn(ref: ImageRef, settings: Recipe, factor: int | None) -> tuple[Image.I
         x1, y1, x2, y2 = picture or (0, 0, *source.size)
         canvas = Canvas(x2 - x1, y2 - y1, 1, 1, 0, 0, *source.size, (x1, y1, x2, y2))
     else:
-        canvas = letterbox.plan_canvas(
-            source.size, mode=image.mode, size=image.size, max_tokens=image.max_tokens, factor=factor,
-            picture=picture,
-        )  # fmt: skip
+        canvas = letterbox.canvas_of(source.size, image, factor, picture)
     return letterbox.draw(source, canvas, image.fill), canvas
 
 
@@ -194,17 +193,6 @@ def _size(pool: ThreadPoolExecutor, draw: Draw, refs: Sequence[ImageRef], room: 
         return 1.1 * sum(lengths) * len(refs) <= room * len(sample)
 
     return _SIZES[min(bisect.bisect_left(_SIZES, True, key=fits), len(_SIZES) - 1)]
-
-
-def _shown(made: Iterator[Any], total: int, progress: bool) -> Iterable[Any]:
-    if not progress:
-        return made
-    from rich.progress import track
-
-    from surgvqa.terminal import Console
-
-    console = Console(stderr=True)
-    return track(made, "pictures", total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def refs_of(rows: Sequence[Row], examples: Mapping[str, Example]) -> dict[str, list[tuple[int, ImageRef]]]:

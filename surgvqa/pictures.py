@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from surgvqa import grounding, letterbox
 from surgvqa.datasets import Example
 from surgvqa.datasets.splits import position
-from surgvqa.metrics import Prediction, exact
+from surgvqa.metrics import Prediction
 from surgvqa.recipe import printable
 from surgvqa.tree import Questions
 
@@ -80,13 +80,12 @@ class Sheet:
             self._outlined(number, prediction, place, frame.copy())
             for place, frame in enumerate(self.frames[number])
         ]
-        right = exact(prediction.answer, prediction.references)
         more = len(self.questions.examples[number].images) - len(frames)
         texts = [
             *((line, "black") for line in self._lines(prediction.question)),
             *((line, "dimgray") for line in self._lines(f"reference: {' | '.join(prediction.references)}")),
             *(
-                (line, "green" if right else "crimson")
+                (line, "green" if prediction.right else "crimson")
                 for line in self._lines(f"answer: {prediction.answer}")
             ),
             *([(f"({more} more images)", "dimgray")] if more else []),

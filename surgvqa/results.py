@@ -50,8 +50,8 @@ class Evaluation:
                 "question": row.question,
                 "reference": _met(row),
                 "answer": row.answer,
-                "right": exact(row.answer, row.references),
-                "confidence": (row.probabilities or {}).get(row.answer, math.nan),
+                "right": row.right,
+                "confidence": math.nan if row.confidence is None else row.confidence,
             }
             for row in self.predictions
         )
@@ -175,7 +175,7 @@ def evaluations(folder: Path) -> list[Evaluation]:
     found = []
     for file in files:
         told = folder / file.name.replace("predictions", "scores", 1).replace(".jsonl", ".json")
-        found.append(Evaluation(file, told, content(told)))
+        found.append(Evaluation(file, told, json_of(told)))
     return [each for each in found if each.predictions_file.is_file()]
 
 
@@ -202,7 +202,7 @@ def _option(variant: str) -> str:
     return f"corrupt {variant}" if ":" in variant else f"ablate {variant}"
 
 
-def content(file: Path) -> dict[str, Any]:
+def json_of(file: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is none, or only half of one."""
     if not file.is_file():  # reading a pipe would wait for ever
         return {}

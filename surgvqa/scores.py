@@ -78,7 +78,7 @@ class Scored:
         self.groups = sorted({group_of(row) for row in predictions})
         numbers = {group: number for number, group in enumerate(self.groups)}
         self.group = np.array([numbers[group_of(row)] for row in predictions], dtype=np.intp)
-        self.truth, self.right = _truths(predictions)
+        self.truth, self.right = truths(predictions)
         self.guessed = None if prior is None else _guesses(predictions, prior)
         self._words = np.array([len(normalise(row.references[0]).split()) for row in predictions])
         by_type: dict[str, list[int]] = defaultdict(list)
@@ -254,7 +254,7 @@ def group_of(row: Prediction) -> str:
     return row.group or row.image
 
 
-def _truths(predictions: Sequence[Prediction]) -> tuple[list[str], Array]:
+def truths(predictions: Sequence[Prediction]) -> tuple[list[str], Array]:
     """The reference that an answer matches, else the first; and whether it matches one."""
     truth, right = [], []
     for row in predictions:

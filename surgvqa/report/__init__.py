@@ -26,7 +26,7 @@ from surgvqa.datasets import Example
 from surgvqa.recipe import BadInput, printable
 from surgvqa.report import charts, content, gallery
 from surgvqa.report.content import Entry
-from surgvqa.results import content as json_of
+from surgvqa.results import json_of
 
 MOST = 25_000_000
 """Bytes that a page has at most."""

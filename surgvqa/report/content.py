@@ -20,8 +20,7 @@ from surgvqa.datasets import Dataset
 from surgvqa.metrics import Prediction, Prior, normalise
 from surgvqa.recipe import BadInput, Data, Recipe, printable
 from surgvqa.report.charts import Bin, Chart, Line, Point, curve
-from surgvqa.report.gallery import right
-from surgvqa.results import Evaluation, Run, content, number, rows
+from surgvqa.results import Evaluation, Run, json_of, number, rows
 
 CLASSES = 20
 """A confusion matrix shows so many classes, the most frequent ones."""
@@ -326,10 +325,8 @@ def confusion(judged: Sequence[Entry]) -> dict[str, list[Matrix]]:
 
 
 def _matrix(entry: Entry, predictions: Sequence[Prediction]) -> Matrix | None:
-    pairs = []
-    for row in predictions:
-        answer = normalise(row.answer)
-        pairs.append((answer if right(row) else normalise(row.references[0]), answer))
+    answers = [normalise(row.answer) for row in predictions]
+    pairs = list(zip(scores.truths(predictions)[0], answers, strict=True))
     counts = Counter(truth for truth, _ in pairs)
     if len(counts) < 2:
         return None
@@ -476,7 +473,7 @@ def environment(entry: Entry) -> dict[str, str]:
         else {}
     )
     last |= {"started": str(started[-1]["at"])} if started and "at" in started[-1] else {}
-    ended = content(entry.run.folder / "ended.json")
+    ended = json_of(entry.run.folder / "ended.json")
     told = {"ended": " ".join(str(ended[key]) for key in ("name", "at") if key in ended)} if ended else {}
     return {key: printable(value) for key, value in {**last, **told}.items()}
 
@@ -524,7 +521,7 @@ def _source(source: Any) -> str:
 
 def _audit(entry: Entry, audits: Path) -> str:
     """What `surgvqa check` wrote of the same data, in a line; "" where there is none."""
-    told = content(audits / entry.run.folder.resolve().name / "audit.json")
+    told = json_of(audits / entry.run.folder.resolve().name / "audit.json")
     problems, of = told.get("problems"), told.get("data")
     data: Data = entry.settings.data
     same = of == [{"format": source.format, "path": source.path} for source in data.sources]

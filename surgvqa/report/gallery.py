@@ -24,7 +24,7 @@ from PIL import Image
 from surgvqa import grounding, letterbox
 from surgvqa.datasets import Example, ImageRef
 from surgvqa.letterbox import Canvas
-from surgvqa.metrics import Prediction, normalise
+from surgvqa.metrics import Prediction
 from surgvqa.recipe import Recipe, printable
 from surgvqa.scan import cores
 from surgvqa.terminal import tracked
@@ -71,21 +71,8 @@ def joined(runs: Sequence[Sequence[Prediction]]) -> list[Row]:
 
 
 def _place(row: Row) -> tuple[bool, float]:
-    wrong = [sureness(each) for each in row if each and not right(each)]
+    wrong = [each.confidence or 0.0 for each in row if each and not each.right]
     return not wrong, -max(wrong, default=0.0)
-
-
-def sureness(row: Prediction) -> float:
-    """The probability of the answer; 0 where none is known."""
-    return (row.probabilities or {}).get(row.answer, 0.0)
-
-
-_normal = functools.lru_cache(maxsize=2**16)(normalise)
-
-
-def right(row: Prediction) -> bool:
-    """`metrics.exact`, with a memory: most answers come many times."""
-    return _normal(row.answer) in map(_normal, row.references)
 
 
 @dataclass(frozen=True)
@@ -292,7 +279,7 @@ class _Table:
             self.columns[key].append(value)
         for run, each in zip(self.runs, row, strict=True):
             run["a"].append(self._text(each.answer) if each else -1)
-            run["ok"].append(int(right(each)) if each else -1)
+            run["ok"].append(int(each.right) if each else -1)
             odds = sorted((each.probabilities or {}).items(), key=lambda pair: -pair[1]) if each else []
             run["p"].append([[self._text(key), round(1000 * p)] for key, p in odds[:_LIKELY]] or 0)
         if boxes := list(self._boxes(one, row)):

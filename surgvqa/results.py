@@ -69,8 +69,8 @@ class Evaluation:
         rows = []
         for row in found.values():
             low, high = row["intervals"].get("exact", (None, None))
-            marks = (scores.MARKS["*"] * row["few"], scores.MARKS["†"] * row["few_groups"])
-            rows.append((row["n"], row["exact"], low, high, row["prior"], "; ".join(filter(None, marks))))
+            note = "; ".join(scores.MARKS[mark] for mark in scores.marks(row["few"], row["few_groups"]))
+            rows.append((row["n"], row["exact"], low, high, row["prior"], note))
         table = pd.DataFrame(rows, found, ["questions", "exact", "low", "high", "prior", "note"])
         shares = ["exact", "low", "high", "prior"]
         table[shares] = 100 * table[shares].astype(float)

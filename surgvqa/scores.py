@@ -508,7 +508,7 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     return [
         (
             name,
-            f"{row['n']}{'*' * row['few']}{'†' * row['few_groups']}",
+            f"{row['n']}{marks(row['few'], row['few_groups'])}",
             percent(row["exact"]),
             " – ".join(map(percent, row["intervals"].get("exact", ()))) or "-",
             percent(row["prior"]),
@@ -521,6 +521,11 @@ MARKS = {
     "*": f"fewer than {FEW} questions",
     "†": f"fewer than {FEW_GROUPS} groups: do not trust the interval",
 }
+
+
+def marks(few: bool, few_groups: bool) -> str:
+    """What stands behind a number of questions, see MARKS."""
+    return "*" * few + "†" * few_groups
 
 
 def percent(share: float | None) -> str:

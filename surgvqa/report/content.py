@@ -75,7 +75,7 @@ class Bucket(_Values):
 
     @property
     def marks(self) -> str:
-        return "*" * self.few + "†" * self.few_groups
+        return scores.marks(self.few, self.few_groups)
 
 
 class Group(_Known):

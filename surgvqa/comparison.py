@@ -312,20 +312,21 @@ def rows_of_table(found: Mapping[str, Difference]) -> list[tuple[str, ...]]:
             name,
             f"{100 * row.a:.1f}",
             f"{100 * row.b:.1f}",
-            _signed(row.difference),
-            " … ".join(map(_signed, row.interval)) if row.interval else "-",
-            _p(row.p if row.p_holm is None else row.p_holm),
+            signed(row.difference),
+            " … ".join(map(signed, row.interval)) if row.interval else "–",
+            told_p(row.p if row.p_holm is None else row.p_holm),
         )
         for name, row in found.items()
     ]
 
 
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}"
+def signed(share: float) -> str:
+    """A difference of shares, times 100."""
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
-def _p(p: float | None) -> str:
-    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+def told_p(p: float | None) -> str:
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def show(found: Comparison, out: Path) -> None:
@@ -353,12 +354,13 @@ def show(found: Comparison, out: Path) -> None:
     for kind, compared in found.by_type.items():
         marked |= set(compared.marks)
         for row in rows_of_table({kind: compared.scores["exact"]}):
-            kinds.add_row(*row, f"{compared.n}{compared.marks}", _p(compared.mcnemar.p_holm))
+            kinds.add_row(*row, f"{compared.n}{compared.marks}", told_p(compared.mcnemar.p_holm))
     console.print(whole)
     test = found.overall.mcnemar
     console.print(
         f"exact match: right in both {test.both}, only in A {test.only_a}, only in B {test.only_b}, "
-        f"in neither {test.neither}; McNemar's p {_p(test.p)} ({'exact' if test.exact else 'chi-squared'})",
+        f"in neither {test.neither}; McNemar's p {told_p(test.p)} "
+        f"({'exact' if test.exact else 'chi-squared'})",
         soft_wrap=True,
     )
     console.print(kinds)
@@ -386,7 +388,7 @@ def drawing(found: Comparison) -> str:
     rows = [
         {
             "name": printable(name)[:40],
-            "what": f"{_signed(row.difference)}, n = {whole[name].n}{whole[name].marks}",
+            "what": f"{signed(row.difference)}, n = {whole[name].n}{whole[name].marks}",
             "y": 70 + 26 * number,
             "x": x(row.difference),
             "span": [x(edge) for edge in row.interval] if row.interval else None,

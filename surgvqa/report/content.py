@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgvqa import datasets, findings, recipe, results, scores
 from surgvqa.audit import PARTS
-from surgvqa.comparison import Compared, Difference, compare, holm
+from surgvqa.comparison import Compared, Difference, compare, holm, signed, told_p
 from surgvqa.datasets import Dataset
 from surgvqa.metrics import Prediction, Prior, normalise
 from surgvqa.recipe import BadInput, Data, Recipe, printable
@@ -180,11 +180,6 @@ def shown(name: str, value: float | None) -> str:
     return f"{value:.2f}" if name == "cider" else f"{value:.3f}"
 
 
-def signed(share: float) -> str:
-    """A difference of shares, times 100."""
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
 def ends(name: str, bucket: _Values) -> str:
     """An interval as text; "" where there is none."""
     found = bucket.intervals.get(name)
@@ -253,10 +248,6 @@ def against_first(judged: Sequence[Entry]) -> list[Against]:
         Against(each.entry, each.overall, each.by_type, corrected.get(str(place)), each.notes)
         for place, each in enumerate(found)
     ]
-
-
-def told_p(p: float | None) -> str:
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def groups(judged: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, Group]]]]:

@@ -49,12 +49,7 @@ def make(folder: Path, images: int, questions: int) -> Path:
         weights = [rng.random() ** 4 for _ in LABELS]
         odds = {label: weight / sum(weights) for label, weight in zip(LABELS, weights, strict=True)}
         answer = example.answers[0] if rng.random() < 0.8 else max(LABELS, key=odds.__getitem__)
-        predictions.append(
-            Prediction(
-                example.id, example.image_key, example.group, example.question, example.question_type,
-                list(example.answers), answer, odds,
-            )
-        )  # fmt: skip
+        predictions.append(Prediction.of(example, answer, probabilities=odds))
     with (run / "predictions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row.row()) + "\n" for row in predictions)
     told = {**scores.score(predictions, Prior(dataset.part("train")), resamples=200), "split": "test"}

@@ -172,9 +172,8 @@ def export(argv: Sequence[str]) -> int:
         "source", metavar="SOURCE", help="recipe file, or a run's folder for its predictions, too"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument(
-        "--to", required=True, choices=["lmms-eval", "vlmevalkit"], help="which tool takes it"
-    )
+    forms = ["lmms-eval", "vlmevalkit", "vlmevalkit-choices"]
+    parser.add_argument("--to", required=True, choices=forms, help="which tool takes it, docs/export.md")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder to write into")
     parser.add_argument(
         "--split", choices=["train", "val", "test"], help="default: what the run is judged by"

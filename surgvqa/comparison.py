@@ -21,7 +21,7 @@ from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, bootstrap, interval,
 from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput, printable
 from surgvqa.results import choose, evaluations
-from surgvqa.scores import FEW, MARKS, Bucket, Scored, read
+from surgvqa.scores import FEW, MARKS, Bucket, Scored, marks, read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +36,8 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Run:
-    """What was compared: a folder or a file of predictions, and what its scores tell of it."""
+class Side:
+    """What was compared: a run's folder or a file of predictions, and what its scores tell of it."""
 
     path: str
     split: str | None = None
@@ -84,11 +84,15 @@ class Compared:
     scores: dict[str, Difference]
     mcnemar: McNemar
 
+    @property
+    def marks(self) -> str:
+        return marks(self.few, self.few_groups)
+
 
 @dataclass(frozen=True)
 class Comparison:
-    a: Run
-    b: Run
+    a: Side
+    b: Side
     only_in_a: list[str]
     """Ids of questions that B does not have; they are left out."""
     only_in_b: list[str]
@@ -172,20 +176,20 @@ def compare(
     return replace(comparison, notes=_notes(comparison))
 
 
-def _load(path: Path, split: str | None) -> tuple[Run, list[Prediction]]:
+def _load(path: Path, split: str | None) -> tuple[Side, list[Prediction]]:
     if not path.exists():
         raise BadInput(f"{path}: no such run")
     if path.is_dir():
         found = choose(path, evaluations(path), split)
-        run, rows = Run(str(path), found.split, found.checkpoint), found.predictions
+        run, rows = Side(str(path), found.split, found.checkpoint), found.predictions
     else:
-        run, rows = Run(str(path)), read(path)
+        run, rows = Side(str(path)), read(path)
     if not rows:
         raise BadInput(f"{path}: holds no predictions")
     return run, rows
 
 
-def _same_questions(a: Run, b: Run, rows_a: Sequence[Prediction], rows_b: Sequence[Prediction]) -> None:
+def _same_questions(a: Side, b: Side, rows_a: Sequence[Prediction], rows_b: Sequence[Prediction]) -> None:
     """Raises BadInput with the first differences where a question is not the same in both."""
     different = [
         f"question {one.id!r}: {key} is {getattr(one, key)!r} in {a.path}, "
@@ -308,24 +312,21 @@ def rows_of_table(found: Mapping[str, Difference]) -> list[tuple[str, ...]]:
             name,
             f"{100 * row.a:.1f}",
             f"{100 * row.b:.1f}",
-            _signed(row.difference),
-            " … ".join(map(_signed, row.interval)) if row.interval else "-",
-            _p(row.p if row.p_holm is None else row.p_holm),
+            signed(row.difference),
+            " … ".join(map(signed, row.interval)) if row.interval else "–",
+            told_p(row.p if row.p_holm is None else row.p_holm),
         )
         for name, row in found.items()
     ]
 
 
-def _marks(compared: Compared) -> str:
-    return "*" * compared.few + "†" * compared.few_groups
+def signed(share: float) -> str:
+    """A difference of shares, times 100."""
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}"
-
-
-def _p(p: float | None) -> str:
-    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+def told_p(p: float | None) -> str:
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def show(found: Comparison, out: Path) -> None:
@@ -351,15 +352,15 @@ def show(found: Comparison, out: Path) -> None:
         whole.add_row(*row)
     marked = set()
     for kind, compared in found.by_type.items():
-        marks = _marks(compared)
-        marked |= set(marks)
+        marked |= set(compared.marks)
         for row in rows_of_table({kind: compared.scores["exact"]}):
-            kinds.add_row(*row, f"{compared.n}{marks}", _p(compared.mcnemar.p_holm))
+            kinds.add_row(*row, f"{compared.n}{compared.marks}", told_p(compared.mcnemar.p_holm))
     console.print(whole)
     test = found.overall.mcnemar
     console.print(
         f"exact match: right in both {test.both}, only in A {test.only_a}, only in B {test.only_b}, "
-        f"in neither {test.neither}; McNemar's p {_p(test.p)} ({'exact' if test.exact else 'chi-squared'})",
+        f"in neither {test.neither}; McNemar's p {told_p(test.p)} "
+        f"({'exact' if test.exact else 'chi-squared'})",
         soft_wrap=True,
     )
     console.print(kinds)
@@ -387,7 +388,7 @@ def drawing(found: Comparison) -> str:
     rows = [
         {
             "name": printable(name)[:40],
-            "what": f"{_signed(row.difference)}, n = {whole[name].n}{_marks(whole[name])}",
+            "what": f"{signed(row.difference)}, n = {whole[name].n}{whole[name].marks}",
             "y": 70 + 26 * number,
             "x": x(row.difference),
             "span": [x(edge) for edge in row.interval] if row.interval else None,

@@ -301,14 +301,9 @@ def prediction_of(
         grounding.source_pixels(region, canvases[region.image].source_size) for region in example.regions
     ]
     with_boxes = bool(found or expected)
-    return Prediction(
-        id=example.id,
-        image=example.image_key,
-        group=example.group,
-        question=example.question,
-        question_type=example.question_type,
-        references=list(example.answers),
-        answer=text,
+    return Prediction.of(
+        example,
+        text,
         probabilities=probabilities,
         regions=grounding.as_rows(found) if with_boxes else None,
         reference_regions=grounding.as_rows(expected) if with_boxes else None,

@@ -196,18 +196,13 @@ def _export(
             f"The recipe asks in a cascade (`eval.cascade: {settings.eval.cascade}`); here each question "
             "stands without the earlier ones."
         )
+    instructions = settings.prompt.instructions
     rows = [
-        Row(example, _prompt(settings, example), answers[example.id].answer if answers else None)
+        Row(example, example.prompt(instructions), answers[example.id].answer if answers else None)
         for example in asked
     ]
     word = re.sub(r"[^a-z0-9]+", "_", f"{stem}_{part}".lower()).strip("_")
     return Export(out, word if word.startswith("surgvqa") else f"surgvqa_{word}", part, settings, rows, notes)
-
-
-def _prompt(settings: Recipe, example: Example) -> str:
-    """As `tokens.ChatTokens.question_text`, which needs a model's folder, of a question without boxes."""
-    instruction = settings.prompt.instructions.get(example.question_type)
-    return f"{example.question}\n{instruction}" if instruction else example.question
 
 
 def _unanswered(examples: Sequence[Example], answers: dict[str, Prediction], place: str) -> Iterator[str]:

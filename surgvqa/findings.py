@@ -291,15 +291,12 @@ def _too_long(
     tokens: Callable[[Iterable[str]], dict[str, int]],
 ) -> Iterator[Problem]:
     """Questions that cannot fit a micro-batch whatever the chat template adds."""
-    limit, image = settings.batch.tokens_per_micro_batch, settings.image
+    limit = settings.batch.tokens_per_micro_batch
     if limit == "auto":
         return
     canvases: dict[letterbox.Size, int] = {}
     for size in set(sizes.values()):
-        canvas = letterbox.plan_canvas(
-            size, mode=image.mode, size=image.size, max_tokens=image.max_tokens, factor=folder.factor
-        )
-        canvases[size] = canvas.tokens(folder.factor)
+        canvases[size] = letterbox.canvas_of(size, settings.image, folder.factor).tokens(folder.factor)
     counts = tokens(text for e in dataset.examples for text in (e.question, e.answers[0]))
     for example in dataset.examples:
         if any(ref.key not in sizes for ref in example.images):

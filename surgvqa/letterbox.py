@@ -28,6 +28,10 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from surgvqa import recipe
+from surgvqa.datasets import ImageRef
+from surgvqa.recipe import BadInput
+
 MAX_PIXELS = 89_000_000
 """Larger images are refused before they are decoded. PIL itself begins to warn just above this."""
 
@@ -197,6 +201,20 @@ def plan_canvas(
     )
 
 
+def canvas_of(
+    source_size: Size, settings: recipe.Image, factor: int, picture: Rectangle | None = None
+) -> Canvas:
+    """`plan_canvas` as a recipe's `image` says, whose `crop` decides whether there is a `picture`."""
+    return plan_canvas(
+        source_size,
+        mode=settings.mode,
+        size=settings.size,
+        max_tokens=settings.max_tokens,
+        factor=factor,
+        picture=picture if settings.crop == "border" else None,
+    )
+
+
 def check_aspect(source_size: Size) -> None:
     """Raises ValueError for an image that is too long for mode `native`."""
     width, height = source_size
@@ -255,6 +273,14 @@ def open_rgb(data: bytes) -> Image.Image:
     not applied. Raises ValueError with a plain message where any of the bytes cannot be decoded.
     """
     return upright_rgb(_open(data))
+
+
+def read_rgb(image: ImageRef) -> Image.Image:
+    """`open_rgb` of an image of the data. Raises BadInput naming it where it cannot be read."""
+    try:
+        return open_rgb(image.read())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"image {image.key}: {error}") from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from surgvqa import datasets
 from surgvqa.datasets import Example
-from surgvqa.datasets import normalise as normalise
+
+normalise = functools.lru_cache(maxsize=2**16)(datasets.normalise)
+"""`datasets.normalise` with a memory: most answers come many times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,30 @@ class Prediction:
     """Those that it should have."""
     image_sizes: list[list[int]] | None = None
     """Width and height of each image in pixels, where there are regions."""
+
+    @classmethod
+    def of(cls, example: Example, answer: str, **optional: Any) -> Prediction:
+        """The answer to a question of the data."""
+        return cls(
+            id=example.id,
+            image=example.image_key,
+            group=example.group,
+            question=example.question,
+            question_type=example.question_type,
+            references=list(example.answers),
+            answer=answer,
+            **optional,
+        )
+
+    @property
+    def right(self) -> bool:
+        """Exact match."""
+        return exact(self.answer, self.references)
+
+    @property
+    def confidence(self) -> float | None:
+        """The probability of the answer; None where none is known."""
+        return (self.probabilities or {}).get(self.answer)
 
     def row(self) -> dict[str, Any]:
         optional = ("probabilities", "regions", "reference_regions", "image_sizes")

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from surgvqa import grounding, letterbox
 from surgvqa.datasets import Example
 from surgvqa.datasets.splits import position
-from surgvqa.metrics import Prediction, exact
-from surgvqa.recipe import BadInput, printable
+from surgvqa.metrics import Prediction
+from surgvqa.recipe import printable
 from surgvqa.tree import Questions
 
 COLOURS = {"asked": "yellow", "answered": "lime", "predicted": "cyan"}
@@ -60,12 +60,8 @@ class Sheet:
     def _frames(self, example: Example) -> list[Image.Image]:
         frames = []
         for image in example.images[:FRAMES]:
-            try:
-                drawn = letterbox.draw(
-                    letterbox.open_rgb(image.read()), self.questions.canvases[image.key], self.questions.fill
-                )
-            except (OSError, ValueError) as error:
-                raise BadInput(f"image {image.key}: {error}") from error
+            canvas = self.questions.canvases[image.key]
+            drawn = letterbox.draw(letterbox.read_rgb(image), canvas, self.questions.fill)
             frames.append(ImageOps.contain(drawn, (WIDTH, WIDTH)))
         return frames
 
@@ -84,13 +80,12 @@ class Sheet:
             self._outlined(number, prediction, place, frame.copy())
             for place, frame in enumerate(self.frames[number])
         ]
-        right = exact(prediction.answer, prediction.references)
         more = len(self.questions.examples[number].images) - len(frames)
         texts = [
             *((line, "black") for line in self._lines(prediction.question)),
             *((line, "dimgray") for line in self._lines(f"reference: {' | '.join(prediction.references)}")),
             *(
-                (line, "green" if right else "crimson")
+                (line, "green" if prediction.right else "crimson")
                 for line in self._lines(f"answer: {prediction.answer}")
             ),
             *([(f"({more} more images)", "dimgray")] if more else []),

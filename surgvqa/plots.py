@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgvqa.metrics import Prediction, exact, normalise
+from surgvqa.metrics import Prediction, normalise
 from surgvqa.recipe import BadInput, printable
 from surgvqa.results import Evaluation, Run
 
@@ -162,12 +162,11 @@ def answers(
     for place, (row, shown) in enumerate(zip(predictions, pictures, strict=True), 1):
         axes = figure.add_subplot(rows, columns, place)
         _draw(axes, shown[0], ((row.reference_regions, ORANGE), (row.regions, BLUE)))
-        right = exact(row.answer, row.references)
         frames = f" ({len(shown)} images)" if len(shown) > 1 else ""
         lines = [f"{row.question}{frames}", f"→ {row.answer or '(nothing)'}"]
-        lines += [] if right else [f"expected: {' | '.join(row.references)}"]
+        lines += [] if row.right else [f"expected: {' | '.join(row.references)}"]
         text = "\n".join(textwrap.fill(_short(line, 120), 42) for line in lines)
-        axes.set_title(text, fontsize=8, loc="left", color=GREEN if right else RED, parse_math=False)
+        axes.set_title(text, fontsize=8, loc="left", color=GREEN if row.right else RED, parse_math=False)
     return figure
 
 

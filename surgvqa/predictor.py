@@ -187,15 +187,9 @@ class Predictor:
         return refs, canvases
 
     def _canvas(self, data: bytes) -> Canvas:
-        image = self.recipe.image
-        return letterbox.plan_canvas(
-            letterbox.header(data).size,
-            mode=image.mode,
-            size=image.size,
-            max_tokens=image.max_tokens,
-            factor=self._prepared.folder.factor,
-            picture=letterbox.find_picture(letterbox.open_rgb(data)) if image.crop == "border" else None,
-        )
+        image, size = self.recipe.image, letterbox.header(data).size
+        picture = letterbox.find_picture(letterbox.open_rgb(data)) if image.crop == "border" else None
+        return letterbox.canvas_of(size, image, self._prepared.folder.factor, picture)
 
 
 def load_predictor(

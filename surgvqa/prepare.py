@@ -256,7 +256,7 @@ def prepare(
     `evaluated` are the parts to be evaluated; None for the recipe's own. Images are decoded by the main
     process alone, which tells the others. Raises BadInput with all errors of data and model folder.
     """
-    image, settings = recipe.image, recipe.model
+    settings = recipe.model
     loaded: list[datasets.Dataset] = []
     ids: list[str] = []
 
@@ -296,15 +296,9 @@ def prepare(
             "that its node has the same files"
         )
     chat = ChatTokens(folder, system=recipe.prompt.system, instructions=recipe.prompt.instructions)
+    pictures = found.pictures
     canvases = {
-        key: letterbox.plan_canvas(
-            size,
-            mode=image.mode,
-            size=image.size,
-            max_tokens=image.max_tokens,
-            factor=folder.factor,
-            picture=found.pictures[key] if image.crop == "border" else None,
-        )
+        key: letterbox.canvas_of(size, recipe.image, folder.factor, pictures.get(key))
         for key, size in found.sizes.items()
     }
     return Prepared(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgvqa import datasets, recipe, scores
-from surgvqa.letterbox import open_rgb
+from surgvqa.letterbox import read_rgb
 from surgvqa.metrics import Prediction, exact
 from surgvqa.recipe import BadInput, Part, Recipe
 
@@ -50,8 +50,8 @@ class Evaluation:
                 "question": row.question,
                 "reference": _met(row),
                 "answer": row.answer,
-                "right": exact(row.answer, row.references),
-                "confidence": (row.probabilities or {}).get(row.answer, math.nan),
+                "right": row.right,
+                "confidence": math.nan if row.confidence is None else row.confidence,
             }
             for row in self.predictions
         )
@@ -69,8 +69,8 @@ class Evaluation:
         rows = []
         for row in found.values():
             low, high = row["intervals"].get("exact", (None, None))
-            marks = (scores.MARKS["*"] * row["few"], scores.MARKS["†"] * row["few_groups"])
-            rows.append((row["n"], row["exact"], low, high, row["prior"], "; ".join(filter(None, marks))))
+            note = "; ".join(scores.MARKS[mark] for mark in scores.marks(row["few"], row["few_groups"]))
+            rows.append((row["n"], row["exact"], low, high, row["prior"], note))
         table = pd.DataFrame(rows, found, ["questions", "exact", "low", "high", "prior", "note"])
         shares = ["exact", "low", "high", "prior"]
         table[shares] = 100 * table[shares].astype(float)
@@ -129,13 +129,7 @@ class Run:
                 f"question {prediction.id!r}: the data do not have it with the image {prediction.image}; "
                 f"were they changed? They are read from {self.recipe.data.path or self.recipe.data.format}"
             )
-        found = []
-        for image in example.images:
-            try:
-                found.append(open_rgb(image.read()))
-            except (OSError, ValueError) as error:
-                raise BadInput(f"image {image.key}: {error}") from None
-        return found
+        return [read_rgb(image) for image in example.images]
 
     @cached_property
     def _examples(self) -> dict[str, datasets.Example]:
@@ -181,7 +175,7 @@ def evaluations(folder: Path) -> list[Evaluation]:
     found = []
     for file in files:
         told = folder / file.name.replace("predictions", "scores", 1).replace(".jsonl", ".json")
-        found.append(Evaluation(file, told, content(told)))
+        found.append(Evaluation(file, told, json_of(told)))
     return [each for each in found if each.predictions_file.is_file()]
 
 
@@ -208,7 +202,7 @@ def _option(variant: str) -> str:
     return f"corrupt {variant}" if ":" in variant else f"ablate {variant}"
 
 
-def content(file: Path) -> dict[str, Any]:
+def json_of(file: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is none, or only half of one."""
     if not file.is_file():  # reading a pipe would wait for ever
         return {}

@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from surgvqa import letterbox
 from surgvqa.datasets import MAX_BYTES, ImageRef
 from surgvqa.demo import cached
 from surgvqa.letterbox import Rectangle, Size, find_picture, header, open_rgb
+from surgvqa.terminal import tracked
 
 _THUMB = 256
 """The hash is taken from the image scaled down to at most twice this side, in pixels."""
@@ -114,7 +115,8 @@ def scan(refs: Iterable[ImageRef], *, headers: bool = False, progress: bool = Fa
     pool = ThreadPoolExecutor(cores())
     try:
         looked = pool.map(look, unknown)
-        for ref, facts in zip(unknown, _shown(looked, len(unknown), progress), strict=True):
+        shown = tracked(looked, "images", len(unknown)) if progress else looked
+        for ref, facts in zip(unknown, shown, strict=True):
             if isinstance(facts, str):
                 result.faults[ref.key] = facts
             else:
@@ -125,17 +127,6 @@ def scan(refs: Iterable[ImageRef], *, headers: bool = False, progress: bool = Fa
         pool.shutdown(cancel_futures=True)
         result.unkept = memory.save()
     return result
-
-
-def _shown(results: Iterator[ImageFacts | str], total: int, progress: bool) -> Iterable[ImageFacts | str]:
-    if not progress:
-        return results
-    from rich.progress import track
-
-    from surgvqa.terminal import Console
-
-    console = Console(stderr=True)
-    return track(results, "images", total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _header(ref: ImageRef) -> ImageFacts | str:

@@ -78,7 +78,7 @@ class Scored:
         self.groups = sorted({group_of(row) for row in predictions})
         numbers = {group: number for number, group in enumerate(self.groups)}
         self.group = np.array([numbers[group_of(row)] for row in predictions], dtype=np.intp)
-        self.truth, self.right = _truths(predictions)
+        self.truth, self.right = truths(predictions)
         self.guessed = None if prior is None else _guesses(predictions, prior)
         self._words = np.array([len(normalise(row.references[0]).split()) for row in predictions])
         by_type: dict[str, list[int]] = defaultdict(list)
@@ -256,7 +256,7 @@ def group_of(row: Prediction) -> str:
     return row.group or row.image
 
 
-def _truths(predictions: Sequence[Prediction]) -> tuple[list[str], Array]:
+def truths(predictions: Sequence[Prediction]) -> tuple[list[str], Array]:
     """The reference that an answer matches, else the first; and whether it matches one."""
     truth, right = [], []
     for row in predictions:
@@ -510,7 +510,7 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     return [
         (
             name,
-            f"{row['n']}{'*' * row['few']}{'†' * row['few_groups']}",
+            f"{row['n']}{marks(row['few'], row['few_groups'])}",
             percent(row["exact"]),
             " – ".join(map(percent, row["intervals"].get("exact", ()))) or "-",
             percent(row["prior"]),
@@ -523,6 +523,11 @@ MARKS = {
     "*": f"fewer than {FEW} questions",
     "†": f"fewer than {FEW_GROUPS} groups: do not trust the interval",
 }
+
+
+def marks(few: bool, few_groups: bool) -> str:
+    """What stands behind a number of questions, see MARKS."""
+    return "*" * few + "†" * few_groups
 
 
 def percent(share: float | None) -> str:

@@ -74,7 +74,7 @@ def show(
     for number, (image, placement) in enumerate(zip(example.images, placements, strict=True)):
         canvas = prepared.canvases[image.key]
         file = out / f"canvas-{number}.png"
-        drawn = placement.place(canvas.scale(letterbox.open_rgb(image.read())), recipe.image.fill)
+        drawn = placement.place(canvas.scale(letterbox.read_rgb(image)), recipe.image.fill)
         boxes = _outline(drawn, placement, [questions.examples[one] for one in chosen], number)
         drawn.save(file)
         facts.append(

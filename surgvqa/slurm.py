@@ -21,7 +21,7 @@ from typing import Any
 from surgvqa import lock, recipe
 from surgvqa.endings import ENDED
 from surgvqa.recipe import BadInput
-from surgvqa.results import content, number, rows
+from surgvqa.results import json_of, number, rows
 
 TRAIN, EVALUATE = Path("slurm/train.sbatch"), Path("slurm/evaluate.sbatch")
 PASSED_ON = ("time", "partition", "account", "qos", "mem", "cpus-per-task", "signal")
@@ -211,7 +211,7 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
     job = queue.get(str(owner["job"])) if owner and owner.get("job") else None
     if job is None:
         job = next((each for each in queue.values() if each.output == folder.resolve()), None)
-    ended = content(folder / ENDED)
+    ended = json_of(folder / ENDED)
     if owner and owner["alive"]:
         state = "running"
     elif job and job.state == "PENDING":
@@ -294,7 +294,7 @@ def _recipe(folder: Path) -> recipe.Recipe | None:
 def _best(folder: Path) -> str:
     """The final score where there is one, and of those on the way the best by the recipe's eval.metric."""
     told = []
-    scores = content(folder / "scores.json")
+    scores = json_of(folder / "scores.json")
     overall = scores.get("overall")
     if isinstance(overall, dict) and (exact := number(overall.get("exact"))) is not None:
         told.append(f"{scores.get('split', 'final')} {exact:.1%}")
@@ -322,7 +322,7 @@ def main(argv: Sequence[str]) -> int:
         run = Path(recipe.load(words[0], words[1:]).output)
     except BadInput as error:
         return error.exit_code  # training says what is wrong
-    print(saved(run), content(run / ENDED).get("name", "unknown"))
+    print(saved(run), json_of(run / ENDED).get("name", "unknown"))
     return 0
 
 

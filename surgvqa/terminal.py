@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import TypeVar
 
 import rich.console
 from rich.segment import Segment
 
 from surgvqa.recipe import printable
+
+T = TypeVar("T")
 
 
 class Console(rich.console.Console):
@@ -29,6 +32,14 @@ class Console(rich.console.Console):
         for segment in super().render(renderable, options):
             text, style, control = segment
             yield segment if control else Segment(printable(text, keep="\n\t"), style)
+
+
+def tracked(results: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The results as they come, with a bar on stderr where that is a terminal."""
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(results, what, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 class Formatter(logging.Formatter):

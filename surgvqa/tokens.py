@@ -170,17 +170,13 @@ class ChatTokens:
         return self._roots[images]
 
     def question_text(self, example: Example, canvases: Mapping[str, Placement] = _NONE) -> str:
-        """The question as the model reads it, with its boxes.
-
-        Ahead of it earlier questions with their answers, behind it its type's instruction, each on a line.
-        """
-        question = example.question
+        """`Example.prompt` as the model reads it, with the question's boxes."""
         if example.asked_regions:
             boxes = grounding.on_canvases(example, example.asked_regions, canvases)
-            question = grounding.write_question(self.folder.family, question, boxes, len(example.images))
-        lines = [f"{earlier} {answer}" for earlier, answer in example.context]
-        lines += [question, self.instructions.get(example.question_type, "")]
-        return "\n".join(filter(None, lines))
+            family, images = self.folder.family, len(example.images)
+            question = grounding.write_question(family, example.question, boxes, images)
+            example = replace(example, question=question)
+        return example.prompt(self.instructions)
 
     def answer_text(self, example: Example, canvases: Mapping[str, Placement] = _NONE) -> str:
         """`answers[0]` as the model is to write it, with its boxes."""

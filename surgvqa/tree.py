@@ -30,7 +30,7 @@ from surgvqa.augment import Augmented, Placement, endoscopy
 from surgvqa.datasets import Example, ImageRef
 from surgvqa.endings import PeerLost, ignore_signals
 from surgvqa.grounding import source_pixels
-from surgvqa.letterbox import Box, Canvas, open_rgb
+from surgvqa.letterbox import Box, Canvas, read_rgb
 from surgvqa.recipe import BadInput
 from surgvqa.tokens import Branch, ChatTokens, Root
 
@@ -393,10 +393,7 @@ class Questions:
         keys = image.key, shown.key
         if keys in self._kept:
             return self._kept[keys]
-        try:
-            scaled = self.canvases[shown.key].scale(open_rgb(shown.read()))
-        except (OSError, ValueError) as error:
-            raise BadInput(f"image {shown.key}: {error}") from error
+        scaled = self.canvases[shown.key].scale(read_rgb(shown))
         if shown.key != image.key:
             scaled = scaled.resize(self.canvases[image.key].drawn_size, Image.Resampling.BICUBIC)
         if self.change:

@@ -98,14 +98,9 @@ def _expected(questions: Questions) -> list[Prediction]:
     """Each question answered with its first reference, chosen among its labels where it has some."""
     labels = questions.labels or [()] * len(questions)
     return [
-        Prediction(
-            id=example.id,
-            image=example.image_key,
-            group=example.group,
-            question=example.question,
-            question_type=example.question_type,
-            references=list(example.answers),
-            answer=example.answers[0],
+        Prediction.of(
+            example,
+            example.answers[0],
             probabilities={label: 1 / len(own) for label in own} or None,
             reference_regions=grounding.as_rows(example.regions) or None,
         )

@@ -392,6 +392,8 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         == 0
     )
     assert "surgvqa_recipe_train_openended: 1 questions\n" in capsys.readouterr().out
+    for form in export.FORMS:
+        assert main([*command[:3], form, *command[4:]]) == 2  # of the folder, not of the form
 
 
 def test_no_torch(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,11 @@ def test_every_module_has_its_place() -> None:
         path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
     }
     assert modules - {"__init__"} == set(ORDER)
+
+
+def test_the_list_for_contributors_is_in_that_order() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert re.findall(r"^    (\w+)(?:\.py|/) +", text, re.MULTILINE) == ORDER
 
 
 @pytest.mark.parametrize("name", ORDER)

@@ -664,6 +664,7 @@ def test_print(pages: dict[str, Path], browser: Browser) -> None:
 
 @needed
 @pytest.mark.long
+@pytest.mark.long
 def test_sixty_thousand_predictions(tmp_path: Path, browser: Browser) -> None:
     """Of 4,000 images; `python -m benchmarks.report` measures it with a test part as large."""
     data = write_jsonl(tmp_path / "data", images=4000)

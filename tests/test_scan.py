@@ -185,18 +185,18 @@ def test_interrupted_and_going_on(
     refs: list[ImageRef], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What was found before somebody pressed Ctrl-C counts."""
-    shown = scanning._shown
+    tracked = scanning.tracked
 
     def impatient(*given: object) -> object:
-        for number, facts in enumerate(shown(*given)):  # type: ignore[arg-type]
+        for number, facts in enumerate(tracked(*given)):  # type: ignore[arg-type]
             if number == 4:
                 raise KeyboardInterrupt
             yield facts
 
     with monkeypatch.context() as patch:
-        patch.setattr(scanning, "_shown", impatient)
+        patch.setattr(scanning, "tracked", impatient)
         with pytest.raises(KeyboardInterrupt):
-            scan(refs)
+            scan(refs, progress=True)
     assert scan(refs).decoded == 2
 
 

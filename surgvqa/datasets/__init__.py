@@ -138,6 +138,12 @@ class Example:
         """Examples with the same key share their images, and so a tree."""
         return "\n".join(image.key for image in self.images)
 
+    def prompt(self, instructions: Mapping[str, str]) -> str:
+        """What is asked in words: earlier questions with their answers, the question, and its type's
+        instruction, each on a line."""
+        earlier = (f"{question} {answer}" for question, answer in self.context)
+        return "\n".join(filter(None, (*earlier, self.question, instructions.get(self.question_type))))
+
     @property
     def texts(self) -> tuple[str, ...]:
         """All that the data says in words."""

@@ -22,11 +22,12 @@ from markupsafe import Markup
 import surgvqa
 from surgvqa import hub, scores
 from surgvqa.audit import PARTS
+from surgvqa.comparison import signed, told_p
 from surgvqa.datasets import Example
 from surgvqa.recipe import BadInput, printable
 from surgvqa.report import charts, content, gallery
 from surgvqa.report.content import Entry
-from surgvqa.results import content as json_of
+from surgvqa.results import json_of
 
 MOST = 25_000_000
 """Bytes that a page has at most."""
@@ -232,8 +233,8 @@ _TEMPLATES = jinja2.Environment(
 )
 _TEMPLATES.filters |= {
     "printable": printable,
-    "signed": content.signed,
-    "p": content.told_p,
+    "signed": signed,
+    "p": told_p,
     "percent": scores.percent,
 }
 _TEMPLATES.globals |= {

@@ -15,13 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgvqa import datasets, findings, recipe, results, scores
 from surgvqa.audit import PARTS
-from surgvqa.comparison import Compared, Difference, compare, holm
+from surgvqa.comparison import Compared, Difference, compare, holm, signed, told_p
 from surgvqa.datasets import Dataset
 from surgvqa.metrics import Prediction, Prior, normalise
 from surgvqa.recipe import BadInput, Data, Recipe, printable
 from surgvqa.report.charts import Bin, Chart, Line, Point, curve
-from surgvqa.report.gallery import right
-from surgvqa.results import Evaluation, Run, content, number, rows
+from surgvqa.results import Evaluation, Run, json_of, number, rows
 
 CLASSES = 20
 """A confusion matrix shows so many classes, the most frequent ones."""
@@ -76,7 +75,7 @@ class Bucket(_Values):
 
     @property
     def marks(self) -> str:
-        return "*" * self.few + "†" * self.few_groups
+        return scores.marks(self.few, self.few_groups)
 
 
 class Group(_Known):
@@ -197,11 +196,6 @@ def shown(name: str, value: float | None) -> str:
     return f"{value:.2f}" if name == "cider" else f"{value:.3f}"
 
 
-def signed(share: float) -> str:
-    """A difference of shares, times 100."""
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
 def ends(name: str, bucket: _Values) -> str:
     """An interval as text; "" where there is none."""
     found = bucket.intervals.get(name)
@@ -272,10 +266,6 @@ def against_first(judged: Sequence[Entry]) -> list[Against]:
     ]
 
 
-def told_p(p: float | None) -> str:
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def groups(judged: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, Group]]]]:
     """Groups that hold several images, with each run's share of right answers: where it is lowest first."""
     found: dict[str, list[tuple[Entry, Group]]] = defaultdict(list)
@@ -342,10 +332,8 @@ def confusion(judged: Sequence[Entry]) -> dict[str, list[Matrix]]:
 
 
 def _matrix(entry: Entry, predictions: Sequence[Prediction]) -> Matrix | None:
-    pairs = []
-    for row in predictions:
-        answer = normalise(row.answer)
-        pairs.append((answer if right(row) else normalise(row.references[0]), answer))
+    answers = [normalise(row.answer) for row in predictions]
+    pairs = list(zip(scores.truths(predictions)[0], answers, strict=True))
     counts = Counter(truth for truth, _ in pairs)
     if len(counts) < 2:
         return None
@@ -490,7 +478,7 @@ def environment(entry: Entry) -> dict[str, str]:
     known = known if isinstance(known, dict) else {}
     last = {key: str(value) for key, value in known.items() if key not in ("step", "at")}
     last |= {"started": str(started[-1]["at"])} if started and "at" in started[-1] else {}
-    ended = content(entry.run.folder / "ended.json")
+    ended = json_of(entry.run.folder / "ended.json")
     told = {"ended": " ".join(str(ended[key]) for key in ("name", "at") if key in ended)} if ended else {}
     return {key: printable(value) for key, value in {**last, **told}.items()}
 
@@ -538,7 +526,7 @@ def _source(source: Any) -> str:
 
 def _audit(entry: Entry, audits: Path) -> str:
     """What `surgvqa check` wrote of the same data, in a line; "" where there is none."""
-    told = content(audits / entry.run.folder.resolve().name / "audit.json")
+    told = json_of(audits / entry.run.folder.resolve().name / "audit.json")
     problems, of = told.get("problems"), told.get("data")
     data: Data = entry.settings.data
     same = of == [{"format": source.format, "path": source.path} for source in data.sources]

@@ -13,7 +13,7 @@ import bisect
 import functools
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -24,9 +24,10 @@ from PIL import Image
 from surgvqa import grounding, letterbox
 from surgvqa.datasets import Example, ImageRef
 from surgvqa.letterbox import Canvas
-from surgvqa.metrics import Prediction, normalise
+from surgvqa.metrics import Prediction
 from surgvqa.recipe import Recipe, printable
 from surgvqa.scan import cores
+from surgvqa.terminal import tracked
 
 _SIZES = (
     (768, 80), (640, 75), (512, 72), (448, 70), (384, 66), (320, 62), (256, 58), (224, 54), (192, 50),
@@ -70,21 +71,8 @@ def joined(runs: Sequence[Sequence[Prediction]]) -> list[Row]:
 
 
 def _place(row: Row) -> tuple[bool, float]:
-    wrong = [sureness(each) for each in row if each and not right(each)]
+    wrong = [each.confidence or 0.0 for each in row if each and not each.right]
     return not wrong, -max(wrong, default=0.0)
-
-
-def sureness(row: Prediction) -> float:
-    """The probability of the answer; 0 where none is known."""
-    return (row.probabilities or {}).get(row.answer, 0.0)
-
-
-_normal = functools.lru_cache(maxsize=2**16)(normalise)
-
-
-def right(row: Prediction) -> bool:
-    """`metrics.exact`, with a memory: most answers come many times."""
-    return _normal(row.answer) in map(_normal, row.references)
 
 
 @dataclass(frozen=True)
@@ -123,7 +111,8 @@ def pictures(
         made = pool.map(functools.partial(_encoded, draw=drawn, side=side, quality=quality), refs)
         found, used = Pictures({}, [], {}, {}, side=side), 0
         left_out = 0
-        for ref, (data, size, canvas) in zip(refs, _shown(made, len(refs), progress), strict=True):
+        shown = tracked(made, "pictures", len(refs)) if progress else made
+        for ref, (data, size, canvas) in zip(refs, shown, strict=True):
             if canvas is None:
                 found.faults[ref.key] = str(data)
             elif used + len(data) > room:
@@ -148,10 +137,7 @@ def _drawn(ref: ImageRef, settings: Recipe, factor: int | None) -> tuple[Image.I
         x1, y1, x2, y2 = picture or (0, 0, *source.size)
         canvas = Canvas(x2 - x1, y2 - y1, 1, 1, 0, 0, *source.size, (x1, y1, x2, y2))
     else:
-        canvas = letterbox.plan_canvas(
-            source.size, mode=image.mode, size=image.size, max_tokens=image.max_tokens, factor=factor,
-            picture=picture,
-        )  # fmt: skip
+        canvas = letterbox.canvas_of(source.size, image, factor, picture)
     return letterbox.draw(source, canvas, image.fill), canvas
 
 
@@ -194,17 +180,6 @@ def _size(pool: ThreadPoolExecutor, draw: Draw, refs: Sequence[ImageRef], room: 
         return 1.1 * sum(lengths) * len(refs) <= room * len(sample)
 
     return _SIZES[min(bisect.bisect_left(_SIZES, True, key=fits), len(_SIZES) - 1)]
-
-
-def _shown(made: Iterator[Any], total: int, progress: bool) -> Iterable[Any]:
-    if not progress:
-        return made
-    from rich.progress import track
-
-    from surgvqa.terminal import Console
-
-    console = Console(stderr=True)
-    return track(made, "pictures", total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def refs_of(rows: Sequence[Row], examples: Mapping[str, Example]) -> dict[str, list[tuple[int, ImageRef]]]:
@@ -304,7 +279,7 @@ class _Table:
             self.columns[key].append(value)
         for run, each in zip(self.runs, row, strict=True):
             run["a"].append(self._text(each.answer) if each else -1)
-            run["ok"].append(int(right(each)) if each else -1)
+            run["ok"].append(int(each.right) if each else -1)
             odds = sorted((each.probabilities or {}).items(), key=lambda pair: -pair[1]) if each else []
             run["p"].append([[self._text(key), round(1000 * p)] for key, p in odds[:_LIKELY]] or 0)
         if boxes := list(self._boxes(one, row)):

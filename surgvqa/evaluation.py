@@ -360,8 +360,7 @@ def examine(
 ) -> dict[str, Any]:
     """Answer a part's questions with the model of `source`; write and print what came of it."""
     settings, main = prepared.recipe, accelerator.is_main_process
-    name = source.checkpoint.name if source.checkpoint and source.by_itself else None
-    files = [source.run / file for file in results.file_names(part, settings.eval.final, name, variant)]
+    files = _files(source, part, variant)
     begun = Begun(
         files[0].with_name(f"{files[0].name}.partial"),
         _fingerprint(prepared, part, source.checkpoint, variant),
@@ -480,6 +479,7 @@ def _evaluate(
     for variant in variants:
         prepared.varied(questions, variant)  # finds what cannot be done, too
     main_first(accelerator, lambda: _claim(source))
+    main_first(accelerator, lambda: _in_place_of(source, part, variants, questions))
     if main:
         for warning in condensed(replace(p, what=f"{p.what}; left out") for p in prepared.skipped):
             log.warning("warning: %s", warning)
@@ -502,6 +502,26 @@ def _evaluate(
     ]
     processes.stop(accelerator)
     return found
+
+
+def _files(source: Source, part: Part, variant: str) -> tuple[Path, Path]:
+    name = source.checkpoint.name if source.checkpoint and source.by_itself else None
+    names = results.file_names(part, source.settings.eval.final, name, variant)
+    return source.run / names[0], source.run / names[1]
+
+
+def _in_place_of(source: Source, part: Part, variants: Sequence[str], questions: Questions) -> None:
+    """Raise BadInput where results on other data (by `data.…` overrides) would be replaced, or replace them."""
+    ids = {example.id for example in questions.examples}
+    for variant in variants:
+        file, told = _files(source, part, variant)
+        before = results.json_of(told).get("overrides", [])
+        other = [word for word in (*source.overrides, *before) if str(word).startswith("data.")]
+        if other and file.is_file() and {row.get("id") for row in results.rows(file)} != ids:
+            raise BadInput(
+                f"{file} holds answers to other questions ({other[0]}), whose place these would take; say "
+                "where they go with --out, or move the file away"
+            )
 
 
 def _claim(source: Source) -> None:

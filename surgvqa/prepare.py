@@ -218,7 +218,7 @@ class Prepared:
                 e.answers,
                 e.regions,
                 e.asked_regions,
-                e.context,
+                [(other.question, other.asked_regions, answer) for other, answer in e.context],
                 [self.digests[image.key] for image in e.images],
                 [*own],
             )

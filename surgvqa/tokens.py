@@ -170,13 +170,16 @@ class ChatTokens:
         return self._roots[images]
 
     def question_text(self, example: Example, canvases: Mapping[str, Placement] = _NONE) -> str:
-        """`Example.prompt` as the model reads it, with the question's boxes."""
-        if example.asked_regions:
-            boxes = grounding.on_canvases(example, example.asked_regions, canvases)
-            family, images = self.folder.family, len(example.images)
-            question = grounding.write_question(family, example.question, boxes, images)
-            example = replace(example, question=question)
-        return example.prompt(self.instructions)
+        """`Example.prompt` as the model reads it, with the boxes of its questions."""
+        context = tuple((self._with_boxes(other, canvases), answer) for other, answer in example.context)
+        return replace(self._with_boxes(example, canvases), context=context).prompt(self.instructions)
+
+    def _with_boxes(self, example: Example, canvases: Mapping[str, Placement]) -> Example:
+        if not example.asked_regions:
+            return example
+        boxes = grounding.on_canvases(example, example.asked_regions, canvases)
+        question = grounding.write_question(self.folder.family, example.question, boxes, len(example.images))
+        return replace(example, question=question)
 
     def answer_text(self, example: Example, canvases: Mapping[str, Placement] = _NONE) -> str:
         """`answers[0]` as the model is to write it, with its boxes."""

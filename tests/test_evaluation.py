@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import write_jsonl
 from PIL import Image
 
 from surgvqa import cli, evaluation, processes, recipe, results, slurm, train
+from surgvqa.datasets import Region, in_context
 from surgvqa.endings import Preempted
 from surgvqa.evaluation import evaluate, opened
 from surgvqa.prepare import Prepared, prepare
@@ -428,3 +430,23 @@ def test_a_full_disk_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, caplog
 
     monkeypatch.setattr(evaluation.Begun, "keep", full)
     assert cli.main(["evaluate", str(run), "--split", "test"]) == 3
+
+
+def test_answers_on_other_data_take_nobodys_place(run: Path, tmp_path: Path) -> None:
+    evaluate(run, "test")
+    other = [f"data.path={write_jsonl(tmp_path / 'other', images=8)}"]
+    with pytest.raises(BadInput, match=r"holds answers to other questions \(data\.path=.* with --out"):
+        evaluate(run, "test", overrides=other)
+    evaluate(run, "test", overrides=other, output=tmp_path / "out")
+    evaluate(run, "test", overrides=[f"data.path={recipe.load(run / 'recipe.yaml').data.path}"])  # it may move
+
+
+def test_earlier_questions_have_their_boxes(home: Path) -> None:
+    _, prepared = prepared_of(home)
+    example = prepared.dataset.part("test")[0]
+    pointed = replace(example, question="What is in <box>?", asked_regions=(Region((10, 10, 30, 30)),))
+    (later,) = in_context([replace(pointed, id="1", stage=1), replace(example, id="2", stage=2)], {"1": "a\nhook"})[1:]
+    first, last = prepared.chat.question_text(later, prepared.canvases).split("\n")
+    asked = prepared.chat.question_text(replace(pointed, stage=1), prepared.canvases)
+    assert (first, last) == (f"{asked} a hook", example.question)
+    assert "<box>" not in first

@@ -130,7 +130,7 @@ class Example:
     """Boxes that are part of the answer."""
     asked_regions: tuple[Region, ...] = ()
     """Boxes that the question is about."""
-    context: tuple[tuple[str, str], ...] = ()
+    context: tuple[tuple[Example, str], ...] = ()
     """Earlier questions about the images and their answers, which the model reads ahead of the question."""
 
     @property
@@ -141,14 +141,14 @@ class Example:
     def prompt(self, instructions: Mapping[str, str]) -> str:
         """What is asked in words: earlier questions with their answers, the question, and its type's
         instruction, each on a line."""
-        earlier = (f"{question} {answer}" for question, answer in self.context)
+        earlier = (f"{other.question} {answer}" for other, answer in self.context)
         return "\n".join(filter(None, (*earlier, self.question, instructions.get(self.question_type))))
 
     @property
     def texts(self) -> tuple[str, ...]:
         """All that the data says in words."""
         labels = (region.label for region in (*self.asked_regions, *self.regions))
-        earlier = (text for pair in self.context for text in pair)
+        earlier = (text for other, answer in self.context for text in (*other.texts, answer))
         return (self.question, *self.answers, *labels, *earlier)
 
 
@@ -206,7 +206,7 @@ def in_context(examples: Sequence[Example], answers: Mapping[str, str]) -> list[
         replace(
             example,
             context=tuple(
-                (other.question, answers[other.id])
+                (other, " ".join(answers[other.id].split()))
                 for other in told[example.image_key]
                 if (other.stage or 0) < (example.stage or 0)
             ),

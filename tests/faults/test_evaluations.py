@@ -87,7 +87,7 @@ def test_two_processes_answer_as_one(runs: Runs) -> None:
     run = runs.here("to-evaluate-alike", "train.max_steps=1", "eval.max_new_tokens=4")
     evaluate(run, "train")
     files = run / "predictions.train.jsonl", run / "scores.train.json"
-    expected, scores = files[0].read_bytes(), results.content(files[1])
+    expected, scores = files[0].read_bytes(), results.json_of(files[1])
     for file in files:
         file.unlink()
     config = str(ROOT / "accelerate_configs" / "2cpu.yaml")
@@ -103,6 +103,6 @@ def test_two_processes_answer_as_one(runs: Runs) -> None:
         time.sleep(0.05)
     assert (process.wait(1), ranks) == (0, 2), hurt.log
     assert files[0].read_bytes() == expected
-    found = results.content(files[1])
+    found = results.json_of(files[1])
     assert (scores.pop("environment")["processes"], found.pop("environment")["processes"]) == (1, 2)
     assert found == scores

@@ -511,7 +511,7 @@ def _files(source: Source, part: Part, variant: str) -> tuple[Path, Path]:
 
 
 def _in_place_of(source: Source, part: Part, variants: Sequence[str], questions: Questions) -> None:
-    """Raise BadInput where results on other data (by `data.…` overrides) would be replaced, or replace them."""
+    """Raise BadInput where results on other data (by `data.…` overrides) would replace others, or go."""
     ids = {example.id for example in questions.examples}
     for variant in variants:
         file, told = _files(source, part, variant)

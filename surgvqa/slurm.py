@@ -20,6 +20,7 @@ from typing import Any
 
 from surgvqa import lock, recipe
 from surgvqa.endings import ENDED
+from surgvqa.lock import METRICS
 from surgvqa.recipe import BadInput
 from surgvqa.results import json_of, number, rows
 
@@ -218,11 +219,11 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
         state = "requeued" if ended.get("name") == "preempted" else "pending"
     elif job:
         state = job.state.lower()
-    elif not (folder / "checkpoints").is_dir() and any(folder.glob("scores*.json")):
+    elif not (folder / METRICS).exists() and any(folder.glob("scores*.json")):
         state = "evaluated"  # a model as it was published
     else:
         state = str(ended.get("name") or ("killed" if folder.is_dir() else "unknown"))
-    steps = rows(folder / "metrics.jsonl")
+    steps = rows(folder / METRICS)
     last = steps[-1] if steps else {}
     step = number(last.get("step"))
     total = _total(folder, last)

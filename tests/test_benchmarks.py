@@ -86,6 +86,7 @@ def test_training_ways_agree_on_the_loss_and_fill_every_row(results: Path) -> No
         assert tokens[family, 8, "trees"] < tokens[family, 8, "rows"] < tokens[family, 8, "plain"]
 
 
+@pytest.mark.long
 def test_adapters_agree_on_the_loss_too_and_processes_apart_have_peaks_of_their_own(tmp_path: Path) -> None:
     lora = ["--groups", "8", "--families", "qwen3_vl", "--tune", "lora", "--steps", "2"]
     assert train.main([*TINY, *lora, "--out", str(tmp_path)]) == 0

@@ -191,7 +191,7 @@ def test_an_output_that_cannot_be_written(recipe: Path, capsys: pytest.CaptureFi
 
 def test_evaluate_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", str(tmp_path)]) == 2
-    assert "no recipe.yaml here" in capsys.readouterr().err
+    assert "holds neither a run nor a checkpoint" in capsys.readouterr().err
 
 
 def test_flex_on_a_cpu_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

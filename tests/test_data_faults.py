@@ -146,6 +146,7 @@ def test_a_bomb_takes_no_memory(data: Path) -> None:
     assert grew() < usual + 60_000  # kB
 
 
+@pytest.mark.long
 @pytest.mark.fault("F15", "F17")
 def test_skipping_is_the_same_on_one_process_and_on_two(data: Path, capsys: Capture) -> None:
     names, good = bad(data), rows(data)

@@ -438,14 +438,18 @@ def test_answers_on_other_data_take_nobodys_place(run: Path, tmp_path: Path) -> 
     with pytest.raises(BadInput, match=r"holds answers to other questions \(data\.path=.* with --out"):
         evaluate(run, "test", overrides=other)
     evaluate(run, "test", overrides=other, output=tmp_path / "out")
-    evaluate(run, "test", overrides=[f"data.path={recipe.load(run / 'recipe.yaml').data.path}"])  # it may move
+    evaluate(
+        run, "test", overrides=[f"data.path={recipe.load(run / 'recipe.yaml').data.path}"]
+    )  # it may move
 
 
 def test_earlier_questions_have_their_boxes(home: Path) -> None:
     _, prepared = prepared_of(home)
     example = prepared.dataset.part("test")[0]
     pointed = replace(example, question="What is in <box>?", asked_regions=(Region((10, 10, 30, 30)),))
-    (later,) = in_context([replace(pointed, id="1", stage=1), replace(example, id="2", stage=2)], {"1": "a\nhook"})[1:]
+    (later,) = in_context(
+        [replace(pointed, id="1", stage=1), replace(example, id="2", stage=2)], {"1": "a\nhook"}
+    )[1:]
     first, last = prepared.chat.question_text(later, prepared.canvases).split("\n")
     asked = prepared.chat.question_text(replace(pointed, stage=1), prepared.canvases)
     assert (first, last) == (f"{asked} a hook", example.question)

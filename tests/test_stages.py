@@ -72,7 +72,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, last: int, settings: recipe.Re
             train.train(settings)
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("tune", ["lora", pytest.param("full", marks=pytest.mark.long)])
 def test_a_run_begins_with_the_weights_of_another_and_then_needs_it_no_more(
     settings: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tune: str
 ) -> None:

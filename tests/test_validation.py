@@ -270,7 +270,7 @@ def test_a_run_that_no_longer_gets_better_ends_early_for_good(
     assert rows(run / "metrics.jsonl")[-1]["step"] == 8
 
 
-@pytest.mark.parametrize("every", ["null", "1"])
+@pytest.mark.parametrize("every", ["null", pytest.param("1", marks=pytest.mark.long)])
 @pytest.mark.fault("F1")
 def test_an_early_end_comes_at_the_same_step_after_a_kill(
     settings: Any, monkeypatch: pytest.MonkeyPatch, every: str

@@ -135,7 +135,7 @@ def train(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Answer and score a part of a run's data with its best checkpoint."""
+    """Answer and score a part of the data, with a run, a checkpoint or a published model."""
     from surgvqa.evaluation import main
 
     return main(argv)

@@ -219,8 +219,6 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
         state = "requeued" if ended.get("name") == "preempted" else "pending"
     elif job:
         state = job.state.lower()
-    elif not (folder / METRICS).exists() and any(folder.glob("scores*.json")):
-        state = "evaluated"  # a model as it was published
     else:
         state = str(ended.get("name") or ("killed" if folder.is_dir() else "unknown"))
     steps = rows(folder / METRICS)

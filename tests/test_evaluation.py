@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from conftest import write_jsonl
 from PIL import Image
 
-from surgvqa import cli, evaluation, processes, recipe, results, slurm, train
+from surgvqa import cli, evaluation, processes, recipe, results, train
 from surgvqa.datasets import Region, in_context
 from surgvqa.endings import Preempted
 from surgvqa.evaluation import evaluate, opened
@@ -110,7 +110,6 @@ def test_a_published_model_is_evaluated_with_a_recipe(
     )  # fmt: skip
     assert answers == found.evaluation().predictions
     assert cli.main([*command, f"output={tmp_path / 'exp'}", "--split", "test"]) == 0  # again, into its own
-    assert slurm.look(folder, {}).state == "evaluated"
     assert cli.main(["evaluate", str(folder), "--split", "test", "--ablate", "black"]) == 0
     assert len(results.load_run(folder).evaluations) == 2
 

@@ -479,8 +479,15 @@ def environment(entry: Entry) -> dict[str, str]:
     last = {key: str(value) for key, value in known.items() if key not in ("step", "at")}
     last |= {"started": str(started[-1]["at"])} if started and "at" in started[-1] else {}
     ended = json_of(entry.run.folder / "ended.json")
-    told = {"ended": " ".join(str(ended[key]) for key in ("name", "at") if key in ended)} if ended else {}
+    told = {"ended": _ended(ended)} if ended else {}
     return {key: printable(value) for key, value in {**last, **told}.items()}
+
+
+def _ended(ended: Mapping[str, Any]) -> str:
+    """How, when, and where that says more, why."""
+    told = [str(ended[key]) for key in ("name", "at") if key in ended]
+    reason = ended.get("reason")
+    return " ".join(told) + (f": {reason}" if reason and reason != ended.get("name") else "")
 
 
 @dataclass(frozen=True)

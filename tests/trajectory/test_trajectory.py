@@ -125,9 +125,11 @@ def test_the_answers_do_not_depend_on_processes(runs: Runs) -> None:
     assert done.returncode == 0, done.stderr
     together = runs.folder / "together"
     assert (together / "predictions.jsonl").read_text() == (alone / "predictions.jsonl").read_text()
-    assert json.loads((together / "scores.json").read_text()) == json.loads(
-        (alone / "scores.json").read_text()
-    )
+    found = [json.loads((run / "scores.json").read_text()) for run in (alone, together)]
+    assert [scores.pop("environment")["processes"] for scores in found] == [1, 2]
+    for scores in found:
+        del scores["manifest"]  # of weights that were trained apart
+    assert found[0] == found[1]
 
 
 @pytest.mark.fault("F24")

@@ -66,6 +66,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_training_ways_agree_on_the_loss_and_fill_every_row(results: Path) -> None:
     rows = written(results / "train.json")["rows"]
     assert [(row["family"], row["questions_per_image"], row["way"]) for row in rows] == [
@@ -97,12 +98,14 @@ def test_adapters_agree_on_the_loss_too_and_processes_apart_have_peaks_of_their_
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
+@pytest.mark.long
 def test_decoding_ways_say_the_same(results: Path) -> None:
     rows = written(results / "decode.json")["rows"]
     assert [row["way"] for row in rows] == ["trees", "rows", "batches"] * 2
     assert all(row["same_answers"] == 1 for row in rows)
 
 
+@pytest.mark.long
 def test_labels_as_branches_get_what_rows_of_their_own_get(results: Path) -> None:
     rows = written(results / "labels.json")["rows"]
     assert [row["way"] for row in rows] == ["trees", "rows"] * 2
@@ -110,6 +113,7 @@ def test_labels_as_branches_get_what_rows_of_their_own_get(results: Path) -> Non
     assert rows[0]["tokens"] < rows[1]["tokens"] / 5
 
 
+@pytest.mark.long
 def test_a_steps_time_is_told_by_kinds(results: Path) -> None:
     for row in written(results / "where.json")["rows"]:
         assert {"attention", "matrix products", "optimizer"} <= row["kinds_s"].keys()
@@ -119,6 +123,7 @@ def test_a_steps_time_is_told_by_kinds(results: Path) -> None:
     assert where.kind("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
 
 
+@pytest.mark.long
 def test_a_checkpoints_cost_is_told_in_steps(results: Path) -> None:
     rows = written(results / "checkpoint.json")["rows"]
     assert [(row["tune"], row["way"]) for row in rows] == [
@@ -176,6 +181,7 @@ def test_corruptions_are_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| smoke |" in charts.tables(tmp_path)["corruptions"]
 
 
+@pytest.mark.long
 def test_options_learn_the_same(results: Path) -> None:
     rows = written(results / "options.json")["rows"]
     assert [row["way"] for row in rows] == ["default", "all recomputed"]
@@ -203,6 +209,7 @@ def test_grouping_gives_the_same_questions_or_the_same_time(tmp_path: Path) -> N
     assert "| time | 1 |" in charts.tables(tmp_path)["grouping"]
 
 
+@pytest.mark.long
 def test_data_measures_stages_and_workers_against_training(results: Path) -> None:
     rows = written(results / "data.json")["rows"]
     assert len(rows) == 4
@@ -223,6 +230,7 @@ def test_a_page_is_made_and_opened(tmp_path: Path) -> None:
     assert "| with pictures |" in charts.tables(tmp_path)["report"]
 
 
+@pytest.mark.long
 def test_charts_and_tables(results: Path, tmp_path: Path) -> None:
     page = "before\n<!-- train -->\nold\n<!-- /train -->\nafter\n"
     made = charts.filled(page, charts.tables(results))

@@ -209,6 +209,7 @@ def test_arrays_chains_and_evaluations(jobs: Jobs, limited: str) -> None:
 
 
 @needs_slurm
+@pytest.mark.long
 @pytest.mark.fault("F6")
 def test_a_requeue_and_a_node_that_is_drained_or_down(
     jobs: Jobs, limited: str, asked: dict[str, str], reference: Path

@@ -42,9 +42,9 @@ def test_killed_at_any_moment(hurt: Make, reference: Path) -> None:
     ("launcher", "whom", "number"),
     [
         (ONE, "rank 0", signal.SIGINT),
-        (TWO, "rank 1", signal.SIGUSR1),
+        pytest.param(TWO, "rank 1", signal.SIGUSR1, marks=pytest.mark.long),
         (TWO, "all", signal.SIGTERM),
-        (TWO, "launcher", signal.SIGTERM),
+        pytest.param(TWO, "launcher", signal.SIGTERM, marks=pytest.mark.long),
         pytest.param(TWO, "launcher", signal.SIGUSR1, marks=pytest.mark.long),
     ],
     ids=["alone, Ctrl-C", "one rank, USR1", "all, TERM", "launcher, TERM", "launcher, USR1"],
@@ -119,7 +119,9 @@ def test_the_number_of_processes_may_change(hurt: Make, reference: Path) -> None
     run.assert_curve(reference, rel=1e-5)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)], ids=lambda how: how.name
+)
 @pytest.mark.fault("F13")
 def test_a_process_that_is_gone_or_stuck(hurt: Make, reference: Path, how: signal.Signals) -> None:
     """F13: the other one ends within the timeout, and says which it was."""

@@ -18,7 +18,9 @@ Make = Callable[[str], Hurt]
 
 
 @pytest.mark.fault("F5")
-@pytest.mark.parametrize("launcher", [ONE, TWO], ids=["alone", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [ONE, pytest.param(TWO, marks=pytest.mark.long)], ids=["alone", "torchrun"]
+)
 def test_its_terminal_is_closed(hurt: Make, launcher: list[str]) -> None:
     """As when a connection is lost: it saves, though what it prints can go nowhere."""
     run = hurt(f"terminal-{len(launcher)}")

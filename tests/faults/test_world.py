@@ -316,8 +316,14 @@ sys.exit(code)
     ("world", "words"),
     [
         ("2", ["batch.tokens_per_micro_batch=90"]),
-        ("3", ["batch.tokens_per_micro_batch=200", "train.checkpoint_layers=all"]),
-        ("2", ["batch.tokens_per_micro_batch=90", "train.checkpoint_layers=all", *LORA]),
+        pytest.param(
+            "3", ["batch.tokens_per_micro_batch=200", "train.checkpoint_layers=all"], marks=pytest.mark.long
+        ),
+        pytest.param(
+            "2",
+            ["batch.tokens_per_micro_batch=90", "train.checkpoint_layers=all", *LORA],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["two", "three", "two, adapters"],
 )

@@ -144,10 +144,9 @@ hub.copy_processor = slow
 """)
 
 
+@pytest.mark.long
 @pytest.mark.fault("F5")
-@pytest.mark.parametrize(
-    "launcher", [ONE, pytest.param(TWO, marks=pytest.mark.long)], ids=["one process", "two"]
-)
+@pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one process", "two"])
 def test_asked_to_stop_while_a_checkpoint_is_written(
     hurt: Make, reference: Path, launcher: list[str]
 ) -> None:

@@ -69,7 +69,9 @@ def test_the_curve_does_not_depend_on(runs: Runs, reference: Path, change: list[
     "launcher",
     [
         ["accelerate.commands.launch", "--config_file", TWO_CPU],
-        ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
+        pytest.param(
+            ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"], marks=pytest.mark.long
+        ),
     ],
     ids=["accelerate", "torchrun"],
 )

@@ -31,7 +31,7 @@ from surgvqa.decode import greedy, log_probabilities
 from surgvqa.endings import Ending, Preempted, Stop, StorageFailure, is_storage, leave_code
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction
-from surgvqa.plan import trees_of
+from surgvqa.plan import Group, Plan, trees_of
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import Compute, main_first
 from surgvqa.recipe import BadInput, Part, Recipe
@@ -220,15 +220,12 @@ def _by_chunks(
     compute: Compute,
 ) -> Iterator[Answers]:
     """This process's share of the answers to the questions `left`; as many times on every process."""
-    world, device = accelerator.num_processes, accelerator.device
-    plan, wanted = prepared.plan(questions, grow=True), set(left)
-    trees = trees_of(plan.image) if plan.trees else [[question] for question in left]
-    groups = [own for tree in trees if (own := [question for question in tree if question in wanted])]
-    starts = range(0, len(groups), _TREES_AT_ONCE * world)
+    device = accelerator.device
+    chunks = _shares(prepared.plan(questions, grow=True), left, accelerator)
     jobs = (
         ((chunk, micro_batch), micro_batch, None)
-        for chunk, start in enumerate(starts)
-        for micro_batch in plan.share(groups[start : start + starts.step], world)[accelerator.process_index]
+        for chunk, mine in enumerate(chunks)
+        for micro_batch in mine
         if micro_batch
     )
     done, found = 0, Answers()
@@ -242,9 +239,18 @@ def _by_chunks(
         asked = [question for tree in micro_batch for question in tree]
         answers = answers_of(network, prepared, questions, asked, pack.to(device), compute)
         found |= zip(asked, answers, strict=True)
-    for _ in range(done, len(starts)):
+    for _ in range(done, len(chunks)):
         yield found
         found = Answers()
+
+
+def _shares(plan: Plan, wanted: Sequence[int], accelerator: Accelerator) -> list[list[list[Group]]]:
+    """[chunk][micro-batch] → trees: this process's share of the questions that are wanted."""
+    world, rank, known = accelerator.num_processes, accelerator.process_index, set(wanted)
+    trees = trees_of(plan.image) if plan.trees else [[question] for question in wanted]
+    groups = [own for tree in trees if (own := [question for question in tree if question in known])]
+    starts = range(0, len(groups), _TREES_AT_ONCE * world)
+    return [plan.share(groups[start : start + starts.step], world)[rank] for start in starts]
 
 
 def answers_of(
@@ -570,15 +576,10 @@ def loss_of_part(
     shows and without dropout. `loss` is the network's own, not one that DDP wraps. Raises Preempted, on all
     processes together, where any was asked to stop.
     """
-    plan, world, device = prepared.plan(questions), accelerator.num_processes, accelerator.device
-    groups = trees_of(plan.image) if plan.trees else [[question] for question in range(len(questions))]
-    starts = range(0, len(groups), _TREES_AT_ONCE * world)
-    shares = (
-        plan.share(groups[start : start + starts.step], world)[accelerator.process_index] for start in starts
-    )
+    device = accelerator.device
     jobs = (
-        ((index == len(mine) - 1, bool(micro_batch)), micro_batch or [groups[0][:1]], None)
-        for mine in shares
+        ((index == len(mine) - 1, bool(micro_batch)), micro_batch or [[0]], None)
+        for mine in _shares(prepared.plan(questions), range(len(questions)), accelerator)
         for index, micro_batch in enumerate(mine)
     )
     nats = torch.zeros((), dtype=torch.float64, device=device)

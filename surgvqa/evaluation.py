@@ -1,6 +1,5 @@
 """A model + part of the data → predictions.jsonl and scores.json.
 
-run, checkpoint or published model ── opened ──▶ Source
 questions ── answered, some images' at a time ──▶ kept on disk, so that a killed evaluation goes on
           ── scored ──▶ predictions.jsonl, scores.json
 """
@@ -9,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,12 @@ from surgvqa.decode import greedy, log_probabilities
 from surgvqa.endings import Ending, Preempted, Stop, StorageFailure, is_storage, leave_code
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction
+from surgvqa.peers import Peers
 from surgvqa.plan import Group, Plan, trees_of
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import Compute, main_first
-from surgvqa.recipe import BadInput, Part, Recipe
+from surgvqa.recipe import BadInput, Part
+from surgvqa.sources import Source, claim, opened
 from surgvqa.terminal import Console
 from surgvqa.tree import Pack, Questions, packs, workers_watched
 
@@ -46,105 +47,10 @@ whether to stop."""
 
 ABLATIONS = ("black", "shuffle")
 
-_DECIDING = (
-    "model.name:", "model.revision:", "data.", "prompt.", "image.", "train.precision:", "train.seed:",
-    "eval.final:", "eval.answers:", "eval.max_new_tokens:", "eval.cascade:",
-)  # fmt: skip
-"""Keys, or sections, that decide what is asked and what the answers to it are; of the data not how many
-workers read them."""
-
 Probabilities = dict[str, float] | None
 """Label → probability among the labels; None where the model wrote its answer."""
 Answers = dict[int, tuple[str, Probabilities]]
 """Number of a question → its answer as it was written."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is to be evaluated, and where the results go."""
-
-    settings: Recipe
-    run: Path
-    """Folder of predictions and scores."""
-    checkpoint: Path | None
-    """None: the model as it was published."""
-    by_itself: bool = False
-    """Whether that checkpoint was asked for, and not a run."""
-    overrides: tuple[str, ...] = ()
-    """Recipe keys that were changed for it, which the scores record."""
-
-
-def opened(
-    source: str | Path,
-    *,
-    recipe_file: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    output: str | Path | None = None,
-) -> Source:
-    """What is to be evaluated, see `model_of`, and where to: a run's own folder, `output`, or for a published
-    model a folder beside that of the recipe.
-
-    Raises BadInput as `model_of` does, and where the results would have no place.
-    """
-    folder = Path(source)
-    settings, found = model_of(source, recipe_file, overrides)
-    by_itself = found is not None and folder.resolve() == found.resolve()
-    if output is not None:
-        run = Path(output)
-    elif found is None:
-        told = (folder / "recipe.yaml").is_file()  # an earlier evaluation's folder
-        run = folder if told else Path(f"{settings.output.rstrip('/')}-{Path(source).name}")
-    else:
-        run = folder.parent.parent if by_itself else folder
-        if not (run / "recipe.yaml").is_file():
-            raise BadInput(f"{folder} does not lie in a run's folder; say where the results go with --out")
-    return Source(settings, run, found, by_itself and output is None, tuple(overrides))
-
-
-def model_of(
-    source: str | Path,
-    recipe_file: str | os.PathLike[str] | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    otherwise: str | None = None,
-) -> tuple[Recipe, Path | None]:
-    """The recipe of a source, and the checkpoint that has its weights; None for a model as it was published.
-
-    `source` is a run's folder (its best checkpoint, else its newest), a checkpoint's, or a model's name or
-    folder. A checkpoint brings the recipe that it was trained with; a published model takes that of
-    `recipe_file`, else of the text `otherwise`. Raises BadInput where there is no such thing, or it is not
-    whole.
-    """
-    folder = Path(source)
-    by_itself, told = (folder / checkpoint.MANIFEST).is_file(), folder / "recipe.yaml"
-    if (by_itself or told.is_file()) and recipe_file is not None:
-        raise BadInput(f"--recipe is for a model as it was published; {folder} brings its own recipe")
-    if by_itself:
-        if problems := checkpoint.verify(folder):
-            raise BadInput(f"{folder}: {problem}" for problem in problems)
-        return checkpoint.recipe_of(folder, overrides), folder
-    if told.is_file():
-        published = any(each.scores and each.checkpoint is None for each in results.evaluations(folder))
-        if published and not (folder / "checkpoints").is_dir():
-            return recipe.load(told, overrides), None
-        chosen = checkpoint.chosen(folder)
-        return checkpoint.recipe_of(chosen, overrides), chosen
-    if recipe_file is None and otherwise is None:
-        what = "holds neither a run nor a checkpoint" if folder.is_dir() else "is no run's folder"
-        raise BadInput(
-            f"{source} {what}; to evaluate a model as it was published, name the data with --recipe, e.g. "
-            "--recipe recipes/exp1_768.yaml"
-        )
-
-    def read(words: Sequence[str]) -> Recipe:
-        if recipe_file is not None:
-            return recipe.load(recipe_file, words)
-        return recipe.parse(otherwise or "", words, where=str(source))
-
-    words = [f"model.name={json.dumps(str(source))}", "model.adapter=null"]
-    if read(overrides).model.name != str(source):  # the revision is of the recipe's own model
-        words.append("model.revision=null")
-    return read([*words, *overrides]), None
 
 
 def predict(
@@ -366,10 +272,10 @@ def examine(
 ) -> dict[str, Any]:
     """Answer a part's questions with the model of `source`; write and print what came of it."""
     settings, main = prepared.recipe, accelerator.is_main_process
-    files = _files(source, part, variant)
+    files = source.files(part, variant)
     begun = Begun(
         files[0].with_name(f"{files[0].name}.partial"),
-        _fingerprint(prepared, part, source.checkpoint, variant),
+        _fingerprint(prepared, part, source, variant),
         questions,
     )
     answers = main_first(accelerator, begun.known)
@@ -383,8 +289,7 @@ def examine(
     with _bar(console, what, len(answers), len(questions)) as advance:
         for chunk in chunks:
             answers |= chunk
-            if main:
-                begun.keep(chunk)
+            main_first(accelerator, functools.partial(begun.keep, chunk))
             advance(len(chunk))
     predictions = _predictions(prepared, questions, answers)
     found = main_first(accelerator, lambda: scores.score(predictions, prepared.prior()))
@@ -392,40 +297,36 @@ def examine(
     environment = processes.environment(accelerator)
     result = {**found, "split": part, "model": model, "environment": environment}
     if source.checkpoint:
-        result |= {"checkpoint": source.checkpoint.name, "manifest": _weights(source.checkpoint)}
+        result |= {"checkpoint": source.checkpoint.name, "manifest": source.weights}
     if variant:
         result["variant"] = variant
     if settings.data.on_error == "skip":
         result["skipped"] = prepared.skipped_counts
     if source.overrides:
         result["overrides"] = list(source.overrides)
-    if main:
+
+    def write() -> None:
         files[1].unlink(missing_ok=True)  # those of before are not beside these answers, whatever happens
         checkpoint.write_text(files[0], "".join(_line(prediction.row()) for prediction in predictions))
         checkpoint.write_json(files[1], result)
         begun.end()
         _show(result, files, console)
+
+    main_first(accelerator, write)
     return result
 
 
-def _fingerprint(prepared: Prepared, part: Part, folder: Path | None, variant: str) -> str:
+def _fingerprint(prepared: Prepared, part: Part, source: Source, variant: str) -> str:
     """Digest of all that decides an answer; not of how many processes and questions share the work."""
     settings = prepared.recipe.model_dump(mode="json")
     # A hub id's folder has the commit in its name; the seed draws shuffled images and tiny models' weights.
     conditions = [
-        _weights(folder), str(prepared.folder.path), part, variant, prepared.fingerprint(part),
+        source.weights, str(prepared.folder.path), part, variant, prepared.fingerprint(part),
         {key: settings[key] for key in ("model", "prompt", "image")},
         settings["train"]["precision"], settings["train"]["seed"], settings["data"]["labels"],
         {key: settings["eval"][key] for key in ("answers", "max_new_tokens", "cascade")},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
-
-
-def _weights(folder: Path | None) -> str | None:
-    """Digest of a checkpoint's manifest, which has those of all its files; None for a published model."""
-    if folder is None:
-        return None
-    return f"sha256:{hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()}"
 
 
 def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:
@@ -473,6 +374,15 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     """The scores of each variant, by a model that is loaded once."""
     accelerator = processes.start()
+    with Peers(accelerator, source.settings.train.peer_timeout):
+        found = _evaluated(source, part, variants, stop, accelerator)
+    processes.stop(accelerator)
+    return found
+
+
+def _evaluated(
+    source: Source, part: Part | None, variants: Sequence[str], stop: Stop | None, accelerator: Accelerator
+) -> list[dict[str, Any]]:
     main, settings = accelerator.is_main_process, source.settings
     processes.check_device(accelerator.device, settings.model.name)
     compute = processes.compute(settings.train.precision, settings.model.attn, accelerator.device)
@@ -484,14 +394,13 @@ def _evaluate(
     prepared.plan(questions)  # finds what cannot fit before the model loads
     for variant in variants:
         prepared.varied(questions, variant)  # finds what cannot be done, too
-    main_first(accelerator, lambda: _claim(source))
-    main_first(accelerator, lambda: _in_place_of(source, part, variants, questions))
+    main_first(accelerator, lambda: claim(source, part, variants, questions.examples))
     if main:
         for warning in condensed(replace(p, what=f"{p.what}; left out") for p in prepared.skipped):
             log.warning("warning: %s", warning)
     network = prepared.network(source.checkpoint) if source.checkpoint else prepared.published()
     network = network.to(accelerator.device)
-    found = [
+    return [
         examine(
             network,
             prepared,
@@ -506,59 +415,6 @@ def _evaluate(
         )
         for variant in variants
     ]
-    processes.stop(accelerator)
-    return found
-
-
-def _files(source: Source, part: Part, variant: str) -> tuple[Path, Path]:
-    name = source.checkpoint.name if source.checkpoint and source.by_itself else None
-    names = results.file_names(part, source.settings.eval.final, name, variant)
-    return source.run / names[0], source.run / names[1]
-
-
-def _in_place_of(source: Source, part: Part, variants: Sequence[str], questions: Questions) -> None:
-    """Raise BadInput where results on other data (by `data.…` overrides) would replace others, or go."""
-    ids = {example.id for example in questions.examples}
-    for variant in variants:
-        file, told = _files(source, part, variant)
-        before = results.json_of(told).get("overrides", [])
-        other = [word for word in (*source.overrides, *before) if str(word).startswith("data.")]
-        if other and file.is_file() and {row.get("id") for row in results.rows(file)} != ids:
-            raise BadInput(
-                f"{file} holds answers to other questions ({other[0]}), whose place these would take; say "
-                "where they go with --out, or move the file away"
-            )
-
-
-def _claim(source: Source) -> None:
-    """See that the results' folder is the run's own, or make it one for them."""
-    run, told = source.run, source.run / "recipe.yaml"
-    trained = (run / "checkpoints").exists()
-    if source.checkpoint and source.checkpoint.resolve().is_relative_to(run.resolve()):
-        return
-    if trained or (run.is_dir() and any(run.iterdir()) and not told.is_file()):
-        what = "holds another run" if trained else "holds other things"
-        raise BadInput(f"{run} {what}; choose a folder of its own for the results with --out")
-    settings = recipe.parse(source.settings.dump(), [f"output={json.dumps(str(run))}"])
-    if not told.is_file():
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(told, settings.dump())
-        return
-    # What is changed for one evaluation its scores record, and the folder's recipe stays.
-    changed = [word for word in source.overrides if not word.startswith(("model", "data"))]
-    others = [
-        each
-        for each in recipe.load(told, changed).differences(settings)
-        if each.startswith(_DECIDING) and not each.startswith("data.workers:")
-    ]
-    there = [each for each in results.evaluations(run) if each.scores]
-    if any(each.scores.get("manifest") != _weights(source.checkpoint) for each in there):
-        others.append(f"the weights are not those of {there[0].checkpoint or 'the published model'}")
-    if others:
-        raise BadInput(
-            f"{run} holds results of another model, of other data or by another recipe: {'; '.join(others)}; "
-            "choose another folder with --out"
-        )
 
 
 @torch.inference_mode()

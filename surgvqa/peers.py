@@ -11,15 +11,14 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, says its documentation
 
 from surgvqa.endings import PEER_LOST, PeerLost, leave_code
-from surgvqa.run import end
 
 log = logging.getLogger("surgvqa")
 
@@ -32,11 +31,13 @@ SUSPECT = 5.0
 class Peers:
     """The other processes, watched for as long as this is entered."""
 
-    def __init__(self, accelerator: Accelerator, patience: float, run: Path) -> None:
+    def __init__(
+        self, accelerator: Accelerator, patience: float, record: Callable[[str], object] | None = None
+    ) -> None:
         """`patience`: seconds of silence after which a process is lost, and this one ends with the code for
-        it, whatever its main thread waits for; one of them writes that into the folder `run`."""
+        it, whatever its main thread waits for; one of them calls `record` with what it says of it."""
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.patience, self.run, self.step = patience, run, 0
+        self.patience, self.record, self.step = patience, record, 0
         self._ended = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}
         self._thread: threading.Thread | None = None
@@ -96,7 +97,8 @@ class Peers:
     def _leave(self, lost: int, message: str) -> None:
         """Write how the run ended: the main process does, or where it is the lost one the next."""
         if self.rank == (1 if lost == 0 else 0):
-            end(self.run, PEER_LOST, message)
+            if self.record is not None:
+                self.record(message)
             leave_code(PEER_LOST, rank=self.rank)
 
     def _exchange(self) -> None:
@@ -126,7 +128,8 @@ class Peers:
         if time.monotonic() - heard < seconds:
             return None
         _, step, host, pid = sign.split() if sign else ("", "0", "an unknown machine", "?")
+        since = f"; the last step it finished was {step}" if step != "0" else ""
         return rank, (
-            f"process {rank} (pid {pid} on {host}) is gone or stuck; the last step it finished was {step}. "
-            "What it said itself tells more. The same command goes on from the last checkpoint"
+            f"process {rank} (pid {pid} on {host}) is gone or stuck{since}. What it said itself tells more. "
+            "The same command goes on from what was saved last"
         )

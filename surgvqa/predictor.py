@@ -24,11 +24,12 @@ from PIL import Image
 from surgvqa import hub, letterbox, processes
 from surgvqa.audit import closed_set
 from surgvqa.datasets import Dataset, Example, ImageRef, Region, normalise
-from surgvqa.evaluation import answers_of, model_of, prediction_of
+from surgvqa.evaluation import answers_of, prediction_of
 from surgvqa.letterbox import Canvas
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared
 from surgvqa.recipe import BadInput, Recipe
+from surgvqa.sources import model_of
 from surgvqa.tokens import ChatTokens
 from surgvqa.tree import Questions
 

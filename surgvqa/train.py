@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from surgvqa import checkpoint, evaluation, hub, memory, model, processes, recipe
 from surgvqa.banner import banner
-from surgvqa.endings import Ending, NumericFailure, Preempted, Stop, leave_code
+from surgvqa.endings import PEER_LOST, Ending, NumericFailure, Preempted, Stop, leave_code
 from surgvqa.flops import Speed
 from surgvqa.loss import TreeLoss
 from surgvqa.peers import Peers
@@ -40,6 +41,7 @@ from surgvqa.run import (
     Records,
     Resume,
     clear,
+    end,
     first_weights,
     identity,
     owned,
@@ -48,6 +50,7 @@ from surgvqa.run import (
     record_start,
     resumable,
 )
+from surgvqa.sources import Source
 from surgvqa.terminal import Console
 from surgvqa.tree import packs, workers_watched
 from surgvqa.validation import Validation
@@ -78,11 +81,12 @@ def train(settings: Recipe, *, fresh: bool = False, accept_changes: bool = False
     of surgvqa/endings.py, on all processes alike.
     """
     run, ending = Path(settings.output), None
+    lost = partial(end, run, PEER_LOST)
     with Stop(settings.train.max_hours) as stop:
         accelerator = processes.start(settings.model.name)
         with (
             owned(run, accelerator) as ended,
-            Peers(accelerator, settings.train.peer_timeout, run) as peers,
+            Peers(accelerator, settings.train.peer_timeout, lost) as peers,
         ):
             try:
                 with workers_watched():
@@ -339,7 +343,7 @@ def _train(
             prepared,
             settings.eval.final,
             final,
-            evaluation.Source(settings, run, folder),
+            Source(settings, run, folder),
             accelerator=accelerator,
             compute=compute,
             console=console,

@@ -20,9 +20,10 @@ from PIL import Image
 from surgvqa import cli, evaluation, processes, recipe, results, train
 from surgvqa.datasets import Region, in_context
 from surgvqa.endings import Preempted
-from surgvqa.evaluation import evaluate, opened
+from surgvqa.evaluation import evaluate
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput
+from surgvqa.sources import opened
 
 RECIPE = """
 model: {name: tiny-qwen3-vl, tune: lora}

@@ -19,8 +19,8 @@ ORDER = [
     "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "corrupt", "scan",
     "grounding", "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "export", "hub",
     "findings", "report", "tokens", "tree", "plan", "attention", "model", "flops", "loss", "processes",
-    "memory", "checkpoint", "decode", "prepare", "pictures", "evaluation", "validation", "evaluate",
-    "predictor", "plots", "banner", "lock", "run", "peers", "replay", "train", "show", "launch", "slurm",
+    "peers", "memory", "checkpoint", "decode", "prepare", "pictures", "sources", "evaluation", "validation",
+    "evaluate", "predictor", "plots", "banner", "lock", "run", "replay", "train", "show", "launch", "slurm",
     "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""

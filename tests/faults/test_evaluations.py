@@ -106,3 +106,18 @@ def test_two_processes_answer_as_one(runs: Runs) -> None:
     found = results.json_of(files[1])
     assert (scores.pop("environment")["processes"], found.pop("environment")["processes"]) == (1, 2)
     assert found == scores
+
+
+@pytest.mark.fault("F13")
+def test_a_process_of_an_evaluation_is_gone(runs: Runs) -> None:
+    """The other one says which, leaves the code for it, and what was answered is kept."""
+    hurt = Evaluated(runs, runs.here("to-evaluate-lost", "train.max_steps=1", "eval.max_new_tokens=4"))
+    process = hurt.begin(*TWO, str(hurt.script))
+    hurt.until(lambda: hurt.kept() > 0)
+    victim = hurt.ranks()[1]
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(60) != 0
+    hurt.until_gone()
+    assert hurt.left() == 6, hurt.log
+    assert f"process 1 (pid {victim} on" in hurt.log
+    assert hurt.kept() > 0

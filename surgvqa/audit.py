@@ -15,11 +15,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
-from surgvqa import datasets
+from surgvqa import datasets, scores
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem, splits
-from surgvqa.grounding import misplaced
+from surgvqa.grounding import as_rows, misplaced
 from surgvqa.letterbox import Rectangle, Size, check_aspect
-from surgvqa.metrics import normalise
+from surgvqa.metrics import Prediction, normalise
 from surgvqa.recipe import Part, Recipe, printable
 from surgvqa.scan import ImageFacts, near, scan
 
@@ -93,22 +93,24 @@ def load_and_audit(
 
     `evaluated` are the parts to be evaluated; None for the recipe's own. `headers`: images are not decoded.
     """
-    dataset = datasets.load(recipe.data)
+    dataset, trains = datasets.load(recipe.data), evaluated is None
     found = audit(
         dataset,
         mode=recipe.image.mode,
         crop=recipe.image.crop,
         by=splits.unit(recipe.data.split),
         special_tokens=special_tokens,
-        trains=evaluated is None,
+        trains=trains,
         skip=recipe.data.on_error == "skip",
         headers=headers,
         progress=progress,
     )
     dataset = found.kept(dataset)
-    problems = [*_final(recipe, dataset)] if evaluated is None else []
+    problems = [*_final(recipe, dataset)] if trains else []
     evaluated = recipe.eval.parts if evaluated is None else evaluated
     problems += [*_prompts(recipe, dataset, special_tokens), *_labels(recipe, dataset, evaluated)]
+    if recipe.eval.every is not None and trains:
+        problems += _judged(recipe, dataset)
     if recipe.batch.order == "stages":
         problems += _unstaged(dataset.part("train"), "batch.order: stages")
     if recipe.train.cascade:
@@ -126,6 +128,41 @@ def _final(recipe: Recipe, dataset: Dataset) -> Iterator[Problem]:
     if final and dataset.examples and not dataset.part(final):
         what = f"the {final} part holds no questions: there will be no final scores; set another, or null"
         yield Problem("eval.final", what, warning=True)
+
+
+def _judged(recipe: Recipe, dataset: Dataset) -> Iterator[Problem]:
+    """Questions that training cannot be judged by: there are none, or eval.metric does not apply to them."""
+    settings = recipe.eval
+    examples = splits.drawn(dataset.part(settings.split), settings.questions, recipe.train.seed)
+    if not examples:
+        if dataset.examples:
+            yield Problem(
+                "eval.every",
+                f"the {settings.split} part holds no questions to evaluate on; set eval.every: null, or "
+                "data.split.by to image or group with enough in data.split.val",
+            )
+        return
+    if settings.metric in ("exact", "loss"):
+        return
+    if why := scores.why_not(settings.metric, [_as_expected(recipe, example) for example in examples]):
+        labels = settings.metric in ("ece", "auroc") and settings.answers != "labels"
+        yield Problem(
+            "eval.metric",
+            f"{settings.metric} does not apply to the {_count(len(examples), 'question')} of "
+            f"{settings.split}: {why}; {'set eval.answers: labels, or ' if labels else ''}"
+            "choose another, such as exact or loss",
+        )
+
+
+def _as_expected(recipe: Recipe, example: Example) -> Prediction:
+    """A question answered with its first reference, chosen among its labels where it has to be."""
+    labels = closed_set(recipe, example) if recipe.eval.answers == "labels" else ()
+    return Prediction.of(
+        example,
+        example.answers[0],
+        probabilities={label: 1 / len(labels) for label in labels} or None,
+        reference_regions=as_rows(example.regions) or None,
+    )
 
 
 def _prompts(recipe: Recipe, dataset: Dataset, special_tokens: Collection[str]) -> Iterator[Problem]:

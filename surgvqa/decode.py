@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from surgvqa.endings import NumericFailure
 from surgvqa.model import base, hidden_states
 from surgvqa.tree import Pack
 
@@ -40,7 +41,8 @@ def greedy(
 ) -> list[list[int]]:
     """The most likely answer of each branch of a pack of asked branches, without its end of turn.
 
-    Token for token what greedy decoding of one row per question gives.
+    Token for token what greedy decoding of one row per question gives. Raises NumericFailure where the model
+    gives NaN.
     """
     qwen = base(model)
     device, tokens, branches = pack.ids.device, pack.tokens, len(pack.ends)
@@ -52,7 +54,7 @@ def greedy(
     sees[:, :tokens] = _visible_from(pack)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         cache = DynamicCache(config=qwen.config.text_config)
-        logits = qwen.lm_head(hidden_states(model, pack, attn, cache)[pack.ends])
+        logits = _sane(qwen.lm_head(hidden_states(model, pack, attn, cache)[pack.ends]))
         position = pack.positions[0, 0, pack.ends]
         cached = tokens
         for step in range(max_new_tokens):
@@ -89,7 +91,7 @@ def log_probabilities(
     """(answers,) fp64, on the CPU: of each answer of a pack, in depth-first order, in nats.
 
     An answer's log-probability is the sum over its tokens and its end of turn, each from fp32 logits: what
-    it has as the answer of a row of its own.
+    it has as the answer of a row of its own. Raises NumericFailure where the model gives NaN.
     """
     qwen = base(model)
     found = torch.empty(len(pack.targets), dtype=torch.float32, device=pack.ids.device)
@@ -100,5 +102,16 @@ def log_probabilities(
             here = ((pack.pick >= start) & (pack.pick < start + _ROWS)).nonzero()[:, 0]
             row = pack.pick[here] - start
             found[here] = logits[row, pack.targets[here]] - logits.logsumexp(-1)[row]
+    _sane(found)
     each = torch.split(found.double().cpu(), pack.answers.tolist())
     return torch.stack([nats.sum() for nats in each])
+
+
+def _sane(numbers: Tensor) -> Tensor:
+    """Of NaN the largest would be some token, and look like an answer."""
+    if torch.isnan(numbers).any():
+        raise NumericFailure(
+            "the model gives NaN where an answer should be: its weights are damaged, or its numbers too "
+            "large for the precision it runs in; train.precision=fp32 tells which"
+        )
+    return numbers

@@ -4,7 +4,7 @@
     2  bad recipe, data or folder (BadInput)
     3  storage: a disk is full, or cannot be written
     4  preempted: asked to stop and saved; the same command goes on
-    5  numeric: gradients stayed non-finite
+    5  numeric: gradients stayed non-finite, or a model answers with NaN
     6  peer lost: another process of the run, a data worker included, died or is stuck
 
 `accelerate launch` and `torchrun` end with 1 whatever the processes' own code was. So the main process also

@@ -27,7 +27,7 @@ from surgvqa import checkpoint, corrupt, datasets, grounding, processes, recipe,
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
-from surgvqa.endings import Ending, Preempted, Stop, StorageFailure, is_storage, leave_code
+from surgvqa.endings import Ending, NumericFailure, Preempted, Stop, StorageFailure, is_storage, leave_code
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction
 from surgvqa.peers import Peers
@@ -80,8 +80,8 @@ def answered(
     """The answers that are not `known` yet, some at a time, the same on every process; each question once.
 
     A question that has labels gets the most probable one (of equals the first) and their probabilities. In a
-    cascade all of a stage are answered before the next is asked. Raises Preempted, on all processes, behind
-    a share of the answers, where any was asked to stop.
+    cascade all of a stage are answered before the next is asked. Raises on all processes alike: Preempted,
+    behind a share of the answers, where any was asked to stop, and NumericFailure where a model gives NaN.
     """
     told: Answers = dict(known or {})
     was_training = network.training
@@ -90,8 +90,11 @@ def answered(
         for posed, numbers in _stages(prepared, questions, told):
             left = [place for place, number in enumerate(numbers) if number not in told]
             for chunk in _by_chunks(network, prepared, posed, left, accelerator, compute):
-                shares = gather_object([({numbers[p]: answer for p, answer in chunk.items()}, bool(stop))])
-                found = {number: answer for share, _ in shares for number, answer in share.items()}
+                shares = gather_object([(chunk, bool(stop))])
+                for share, _ in shares:
+                    if isinstance(share, NumericFailure):
+                        raise share
+                found = {numbers[place]: answer for share, _ in shares for place, answer in share.items()}
                 told |= found
                 yield found
                 if any(asked for _, asked in shares) and len(told) < len(questions):
@@ -124,8 +127,9 @@ def _by_chunks(
     left: Sequence[int],
     accelerator: Accelerator,
     compute: Compute,
-) -> Iterator[Answers]:
-    """This process's share of the answers to the questions `left`; as many times on every process."""
+) -> Iterator[Answers | NumericFailure]:
+    """This process's share of the answers to the questions `left`, or why it has none; as many times on every
+    process, up to a failure."""
     device = accelerator.device
     chunks = _shares(prepared.plan(questions, grow=True), left, accelerator)
     jobs = (
@@ -143,7 +147,11 @@ def _by_chunks(
             yield found
             done, found = done + 1, Answers()
         asked = [question for tree in micro_batch for question in tree]
-        answers = answers_of(network, prepared, questions, asked, pack.to(device), compute)
+        try:
+            answers = answers_of(network, prepared, questions, asked, pack.to(device), compute)
+        except NumericFailure as failure:
+            yield failure
+            return
         found |= zip(asked, answers, strict=True)
     for _ in range(done, len(chunks)):
         yield found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from PIL import Image
 
 from surgvqa import corrupt, datasets, hub, letterbox, model
 from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
-from surgvqa.datasets.splits import position
+from surgvqa.datasets import splits
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
 from surgvqa.processes import main_first
@@ -55,7 +55,7 @@ class Prepared:
     """What was found to fit; None before that is known."""
 
     def questions(self, part: Part, most: int | None = None, *, asked: bool = False) -> Questions:
-        """The questions of a part; with `most`, that many, drawn by the recipe's seed, see `_some`.
+        """The questions of a part; with `most`, that many, drawn by the recipe's seed, see `splits.drawn`.
 
         `asked`: to be answered as the recipe's `eval` says: with labels or without, in a cascade or not.
         Class weights are for training alone.
@@ -63,8 +63,7 @@ class Prepared:
         examples = self.dataset.part(part)
         if self.recipe.eval.cascade != "none" if asked else self.recipe.train.cascade:
             examples = datasets.in_context(examples, {each.id: each.answers[0].strip() for each in examples})
-        if most is not None and most < len(examples):
-            examples = _some(examples, most, self.recipe.train.seed)
+        examples = splits.drawn(examples, most, self.recipe.train.seed)
         weights = self.answer_weights() if part == "train" and not asked else {}
         return self.posed(examples, asked=asked, weights=weights)
 
@@ -350,40 +349,3 @@ def _digest(values: Iterable[object]) -> str:
     for value in values:
         digest.update(repr(value).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _some(examples: list[datasets.Example], most: int, seed: int) -> list[datasets.Example]:
-    """Exactly `most` examples in their own order, drawn by the seed; which, does not depend on that order.
-
-    Every question type has its share (`_shares`). Of each type they are the questions of the images that come
-    first in one order of all images, so that few images are needed.
-    """
-    by_type: dict[str, list[int]] = defaultdict(list)
-
-    def place(index: int) -> tuple[float, str, str, str]:
-        example = examples[index]
-        return position(example.image_key, seed), example.image_key, example.question, example.id
-
-    for index in sorted(range(len(examples)), key=place):
-        by_type[examples[index].question_type].append(index)
-    shares = _shares({kind: len(own) for kind, own in by_type.items()}, most)
-    drawn = (index for kind, own in by_type.items() for index in own[: shares[kind]])
-    return [examples[index] for index in sorted(drawn)]
-
-
-def _shares(counts: Mapping[str, int], most: int) -> dict[str, int]:
-    """`most`, fewer than there are, shared out in proportion to the counts.
-
-    By the largest remainder (Hamilton's method of apportionment). Where all can have one, each of those left
-    without gets one of the largest share.
-    """
-    total = sum(counts.values())
-    shares = {kind: most * count // total for kind, count in counts.items()}
-    by_remainder = sorted(counts, key=lambda kind: (-(most * counts[kind] % total), kind))
-    for kind in by_remainder[: most - sum(shares.values())]:
-        shares[kind] += 1
-    for kind in sorted(kind for kind, share in shares.items() if not share):
-        if most >= len(counts):
-            shares[max(shares, key=lambda other: (shares[other], other))] -= 1
-            shares[kind] = 1
-    return shares

@@ -177,9 +177,10 @@ class Scored:
         return Tally(nlg.NAMES, self._sums(rows, self._text[rows]), nlg.formula)
 
     def _calibration(self, rows: Rows) -> Tally | str:
-        if not all(row.probabilities for row in self._of(rows)):
+        given = [row.confidence for row in self._of(rows)]
+        if None in given:
             return _NO_PROBABILITIES
-        confidence = np.array([_confidence(row) for row in self._of(rows)])
+        confidence = np.array(given, dtype=np.float64)
         statistics = np.zeros((len(rows), BINS, 3))
         of_bin = np.arange(len(rows)), _bin(confidence)
         statistics[of_bin] = np.column_stack([np.ones(len(rows)), confidence, self.right[rows]])
@@ -324,12 +325,6 @@ def expected_calibration_error(sums: Array) -> Array:
     n, confidence, right = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
     with np.errstate(invalid="ignore"):
         return np.asarray((np.abs(right - confidence).sum(-1) / n.sum(-1))[..., None], dtype=np.float64)
-
-
-def _confidence(row: Prediction) -> float:
-    """The probability of the answer that was given."""
-    assert row.probabilities
-    return row.probabilities.get(row.answer, max(row.probabilities.values()))
 
 
 def _bin(confidence: Array) -> Rows:

@@ -13,14 +13,12 @@ from typing import Any
 from accelerate import Accelerator
 from PIL.Image import Image
 
-from surgvqa import evaluation, grounding, pictures, scores
+from surgvqa import evaluation, pictures, scores
 from surgvqa.endings import Stop
 from surgvqa.loss import TreeLoss
-from surgvqa.metrics import Prediction
 from surgvqa.prepare import Prepared
 from surgvqa.processes import Compute, main_first
-from surgvqa.recipe import SMALLER_IS_BETTER, BadInput
-from surgvqa.tree import Questions
+from surgvqa.recipe import SMALLER_IS_BETTER
 
 SHOWN = 4
 """Questions in a picture."""
@@ -42,23 +40,10 @@ class Validation:
     """The questions that training is judged by."""
 
     def __init__(self, prepared: Prepared) -> None:
-        """Raises BadInput where there are none, they are too long, or the metric does not apply to them."""
+        """Raises BadInput where they are too long."""
         self.settings = settings = prepared.recipe.eval
-        if not prepared.dataset.part(settings.split):
-            raise BadInput(
-                f"eval.every: the {settings.split} part holds no questions to evaluate on; "
-                "set eval.every: null, or data.split.by to image or group with enough in data.split.val"
-            )
         self.questions = prepared.questions(settings.split, settings.questions, asked=True)
         prepared.plan(self.questions)
-        always = settings.metric in ("exact", "loss")
-        if not always and (why := scores.why_not(settings.metric, _expected(self.questions))):
-            labels = settings.metric in ("ece", "auroc") and settings.answers != "labels"
-            raise BadInput(
-                f"eval.metric: {settings.metric} does not apply to the {len(self.questions)} questions of "
-                f"{settings.split}: {why}; {'set eval.answers: labels, or ' if labels else ''}"
-                "choose another, such as exact or loss"
-            )
         self.judged = prepared.judged(self.questions)
         self.prior = prepared.prior()
         self.seed = prepared.recipe.train.seed
@@ -92,17 +77,3 @@ class Validation:
     def _sheet(self) -> pictures.Sheet:
         chosen = pictures.choose(self.questions.examples, SHOWN, self.seed)
         return pictures.Sheet(self.questions, chosen)
-
-
-def _expected(questions: Questions) -> list[Prediction]:
-    """Each question answered with its first reference, chosen among its labels where it has some."""
-    labels = questions.labels or [()] * len(questions)
-    return [
-        Prediction.of(
-            example,
-            example.answers[0],
-            probabilities={label: 1 / len(own) for label in own} or None,
-            reference_regions=grounding.as_rows(example.regions) or None,
-        )
-        for example, own in zip(questions.examples, labels, strict=True)
-    ]

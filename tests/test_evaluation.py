@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
-from conftest import write_jsonl
+from conftest import closed_sets, write_jsonl
 from PIL import Image
 
 from surgvqa import cli, evaluation, processes, recipe, results, train
 from surgvqa.datasets import Region, in_context
-from surgvqa.endings import Preempted
+from surgvqa.endings import NumericFailure, Preempted
 from surgvqa.evaluation import evaluate
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput
@@ -408,6 +410,18 @@ def test_the_model_is_left_in_the_mode_it_was_in(home: Path) -> None:
     assert not network.training
     chunks.close()
     assert network.training
+
+
+@pytest.mark.parametrize("words", [[], ["eval.answers=labels", *closed_sets()]], ids=["written", "chosen"])
+def test_nan_is_no_answer(home: Path, words: list[str]) -> None:
+    accelerator, prepared = prepared_of(home, *words)
+    network = prepared.network()
+    with torch.no_grad():
+        next(iter(network.parameters())).fill_(math.nan)
+    compute = processes.compute("fp32", "auto", accelerator.device)
+    asked = prepared.questions("test", asked=True)
+    with pytest.raises(NumericFailure, match="gives NaN where an answer should be"):
+        evaluation.predict(network, prepared, asked, accelerator=accelerator, compute=compute)
 
 
 def test_scores_are_never_beside_other_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

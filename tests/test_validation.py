@@ -19,9 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_grounded_runs import draw_data
 from test_tree import Row, tiny
 
-from surgvqa import checkpoint, evaluation, pictures, processes, recipe, scores, slurm, train, validation
-from surgvqa import prepare as preparation
-from surgvqa.datasets import Example, ImageRef
+from surgvqa import checkpoint, cli, evaluation, pictures, processes, recipe, scores, slurm, train, validation
+from surgvqa.datasets import Example, ImageRef, splits
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction, Prior
 from surgvqa.prepare import Prepared, prepare
@@ -114,28 +113,28 @@ def ids(examples: Sequence[Example]) -> set[str]:
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 7, 50, 100, 219])
 def test_a_choice_has_each_types_share(most: int) -> None:
     examples = asked_of(100, "abZ")  # 100, 100 and 10
-    chosen = preparation._some(examples, most, 0)
+    chosen = splits.drawn(examples, most, 0)
     counts = Counter(example.question_type for example in chosen)
     assert len(ids(chosen)) == len(chosen) == min(most, 210)
     for kind, there in (("a", 100), ("b", 100), ("Z", 10)):
         assert abs(counts[kind] - min(most, 210) * there / 210) < 1
     assert most < 3 or min(counts[kind] for kind in "abZ") >= 1
     # Neither the order of rows nor more than the needed images.
-    assert ids(preparation._some(examples[::-1], most, 0)) == ids(chosen)
+    assert ids(splits.drawn(examples[::-1], most, 0)) == ids(chosen)
     assert [example for example in examples if example in chosen] == chosen
     images = {example.image_key for example in chosen}
     assert len(images) <= max(counts["a"], counts["b"]) + counts["Z"]
     if 4 <= most < 210:
-        assert ids(preparation._some(examples, most, 1)) != ids(chosen)
+        assert ids(splits.drawn(examples, most, 1)) != ids(chosen)
 
 
 def test_shares_by_the_largest_remainder() -> None:
-    assert preparation._shares({"a": 47, "b": 16, "c": 15, "d": 12, "e": 6, "f": 4}, 10) == {
+    assert splits._shares({"a": 47, "b": 16, "c": 15, "d": 12, "e": 6, "f": 4}, 10) == {
         "a": 4, "b": 2, "c": 1, "d": 1, "e": 1, "f": 1,
     }  # fmt: skip
     # Hamilton alone gives 5, 2, 1 (of 1.5), 1, 1 (of 0.6), 0; the last gets one of the largest.
-    assert preparation._shares({"rare": 1, "common": 999}, 2) == {"rare": 1, "common": 1}
-    assert preparation._shares({"rare": 1, "common": 999}, 1) == {"rare": 0, "common": 1}
+    assert splits._shares({"rare": 1, "common": 999}, 2) == {"rare": 1, "common": 1}
+    assert splits._shares({"rare": 1, "common": 999}, 1) == {"rare": 0, "common": 1}
 
 
 # ---- any metric ---------------------------------------------------------------------------------------
@@ -184,7 +183,12 @@ def test_why_a_metric_does_not_apply(metric: str, changes: dict[str, Any], why: 
     [("iou", "no reference has boxes; choose another"), ("auroc", "set eval.answers: labels, or choose")],
 )
 def test_a_metric_that_does_not_apply_is_found_before_the_model_loads(
-    settings: Any, monkeypatch: pytest.MonkeyPatch, metric: str, cure: str
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    metric: str,
+    cure: str,
 ) -> None:
     monkeypatch.setattr(Prepared, "network", None)
     with pytest.raises(BadInput) as caught:
@@ -192,6 +196,10 @@ def test_a_metric_that_does_not_apply_is_found_before_the_model_loads(
     (problem,) = caught.value.problems
     assert problem.startswith(f"eval.metric: {metric} does not apply to the 6 questions of val: ")
     assert cure in problem
+    file = tmp_path / "recipe.yaml"
+    file.write_text(settings(f"eval.metric={metric}").dump(), encoding="utf-8")
+    assert cli.main(["check", str(file), "--out", str(tmp_path / "audit")]) == 2
+    assert problem in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_smallest_loss_is_the_best_and_is_compared_with_its_like_alone(

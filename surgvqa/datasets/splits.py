@@ -141,6 +141,45 @@ def position(name: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
+def drawn(examples: Sequence[Example], most: int | None, seed: int) -> list[Example]:
+    """`most` examples in their own order, None for all; which, does not depend on that order.
+
+    Every question type has its share (`_shares`). Of each type they are the questions of the images that come
+    first in one order of all images, so that few images are needed.
+    """
+    if most is None or most >= len(examples):
+        return [*examples]
+    by_type: dict[str, list[int]] = defaultdict(list)
+
+    def place(index: int) -> tuple[float, str, str, str]:
+        example = examples[index]
+        return position(example.image_key, seed), example.image_key, example.question, example.id
+
+    for index in sorted(range(len(examples)), key=place):
+        by_type[examples[index].question_type].append(index)
+    shares = _shares({kind: len(own) for kind, own in by_type.items()}, most)
+    chosen = (index for kind, own in by_type.items() for index in own[: shares[kind]])
+    return [examples[index] for index in sorted(chosen)]
+
+
+def _shares(counts: Mapping[str, int], most: int) -> dict[str, int]:
+    """`most`, fewer than there are, shared out in proportion to the counts.
+
+    By the largest remainder (Hamilton's method of apportionment). Where all can have one, each of those left
+    without gets one of the largest share.
+    """
+    total = sum(counts.values())
+    shares = {kind: most * count // total for kind, count in counts.items()}
+    by_remainder = sorted(counts, key=lambda kind: (-(most * counts[kind] % total), kind))
+    for kind in by_remainder[: most - sum(shares.values())]:
+        shares[kind] += 1
+    for kind in sorted(kind for kind, share in shares.items() if not share):
+        if most >= len(counts):
+            shares[max(shares, key=lambda other: (shares[other], other))] -= 1
+            shares[kind] = 1
+    return shares
+
+
 def _stratified(examples: Sequence[Example], names: Sequence[str], split: Split) -> dict[str, Part]:
     """Name → part, such that each part has about its share of every class of questions.
 

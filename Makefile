@@ -1,9 +1,11 @@
 # make demo   install into .venv, train on generated endoscopy scenes, evaluate, print the results
-# make test   what continuous integration runs; make test-faults tells what became of each fault, and makes 90 more
+# make test   what continuous integration runs, WORKERS test files at a time; make test-faults tells what became of each
+#             fault, and makes 90 more
 # make audit  known vulnerabilities of what is installed, where their list can be reached
 # make venv   only install; make clean removes it, and never a run
 
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 MINOR := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
 
@@ -16,7 +18,7 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-faults: .venv/dev
 	SURGVQA_EVERY_CALL=1 $(BIN)/pytest -m "fault or long"

@@ -152,7 +152,7 @@ def reliability(evaluation: Evaluation) -> Figure:
 def answers(
     predictions: Sequence[Prediction], pictures: Sequence[Sequence[Image.Image]], *, columns: int = 4
 ) -> Figure:
-    """Answered questions with their pictures: the answer's boxes in blue, expected ones in orange.
+    """Answered questions with their pictures: the answer's boxes in blue, expected ones in green.
 
     `pictures` has for each prediction the list that `Run.pictures` gives; of several the first is drawn.
     """
@@ -161,7 +161,7 @@ def answers(
     figure = _figure(3.4 * columns, 3.9 * max(1, rows))
     for place, (row, shown) in enumerate(zip(predictions, pictures, strict=True), 1):
         axes = figure.add_subplot(rows, columns, place)
-        _draw(axes, shown[0], ((row.reference_regions, ORANGE), (row.regions, BLUE)))
+        _draw(axes, shown[0], ((row.reference_regions, GREEN), (row.regions, BLUE)))
         frames = f" ({len(shown)} images)" if len(shown) > 1 else ""
         lines = [f"{row.question}{frames}", f"→ {row.answer or '(nothing)'}"]
         lines += [] if row.right else [f"expected: {' | '.join(row.references)}"]

@@ -221,6 +221,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert said in printed, said
     assert "290 questions of 30 groups" in printed
+    assert all(line.count(" … ") == 1 for line in printed.splitlines() if "│" in line and "…" in line)
     assert "10 questions are only in" in printed.replace("\n", " ")
     assert "\x1b]0;" not in printed
     told = json.loads((out / "compare.json").read_text(encoding="utf-8"))

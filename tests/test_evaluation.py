@@ -121,10 +121,13 @@ def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> Non
     recipe_file = home / "recipe.yaml"
     for source, said in [
         (tmp_path / "none", r"is no run's folder; to evaluate a model as it was published, name the data"),
-        (tmp_path, "holds neither a run nor a checkpoint"),
+        (run / "checkpoints" / "step-000400", r"no such checkpoint; .*checkpoints has step-000002"),
     ]:
         with pytest.raises(BadInput, match=said):
             opened(source)
+    for given in (None, recipe_file):
+        with pytest.raises(BadInput, match="holds neither a run nor a checkpoint, and no model"):
+            opened(tmp_path, recipe_file=given)
     with pytest.raises(BadInput, match=r"--recipe is for a model as it was published; .*run brings its own"):
         opened(run, recipe_file=recipe_file)
     (tmp_path / "mine").mkdir()
@@ -325,6 +328,9 @@ def test_there_must_be_another_picture(home: Path) -> None:
 def test_variants_are_evaluated_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", str(run), "--split", "test", "--ablate", "black", "--corrupt", "noise:1..2"]
     assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    for title in ("images: black", "images: noise:1", "images: noise:2"):
+        assert f"exact match on test, {title}" in " ".join(printed.split())
     found = results.load_run(run)
     assert {each.variant for each in found.evaluations} == {"black", "noise:1", "noise:2"}
     assert found.evaluation("test", "noise:2").scores["variant"] == "noise:2"

@@ -338,7 +338,11 @@ def _fingerprint(prepared: Prepared, part: Part, source: Source, variant: str) -
 
 
 def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:
-    table = Table(title=f"exact match on {result['split']}, and the prior: each question's majority answer")
+    variant = f", images: {result['variant']}" if "variant" in result else ""
+    table = Table(
+        title=f"exact match on {result['split']}{variant}",
+        caption="prior: each question's most frequent answer in train",
+    )
     table.add_column("question type")
     for heading in ("questions", "exact %", "95 % interval", "prior %"):
         table.add_column(heading, justify="right")

@@ -109,7 +109,7 @@ def model_of(
             return recipe.load(told, overrides), None
         chosen = checkpoint.chosen(folder)
         return checkpoint.recipe_of(chosen, overrides), chosen
-    there = [] if folder.exists() else [name.name for _, name in checkpoint.steps(folder.parent)]
+    there = [] if folder.exists() else [path.name for _, path in checkpoint.steps(folder.parent)]
     if there:
         raise BadInput(f"{source}: no such checkpoint; {folder.parent} has {', '.join(there)}")
     if folder.is_dir() and not (folder / "config.json").is_file():

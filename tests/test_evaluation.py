@@ -339,6 +339,14 @@ def test_variants_are_evaluated_beside_the_run(run: Path, capsys: pytest.Capture
     assert "fog" in capsys.readouterr().err
 
 
+def test_keys_that_are_for_training_are_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = ["train.seed=3", "eval.questions=1", "train.lr=1", "eval.answers=generate"]
+    scored = evaluate(run, "test", overrides=given)
+    (told,) = [row.getMessage() for row in caplog.records if "changes nothing here" in row.getMessage()]
+    assert told.startswith("warning: eval.questions=1, train.lr=1: is for training")
+    assert told.endswith(f"all {scored['overall']['n']} questions are asked")
+
+
 # Cascade
 
 

@@ -340,13 +340,13 @@ def show(found: Comparison, out: Path) -> None:
         what = ", ".join(filter(None, (run.split, run.checkpoint)))
         console.print(f"{name}: {run.path}{f' ({what})' if what else ''}", soft_wrap=True)
     counted = f"{found.overall.n} questions of {found.groups} groups"
-    whole = Table(title=f"{counted}, times 100; differences are B - A")
+    whole = Table(title=f"{counted}; scores times 100")
     kinds = Table(title="exact match by question type; p after Holm")
-    for table, first in ((whole, "score"), (kinds, "question type")):
+    for table, first in ((whole, "score"), (kinds, "type")):
         table.add_column(first)
         for heading in ("A", "B", "B - A", "95 % interval", "p"):
-            table.add_column(heading, justify="right")
-    for heading in ("questions", "McNemar's p"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("n", "McNemar's p"):
         kinds.add_column(heading, justify="right")
     for row in rows_of_table(found.overall.scores):
         whole.add_row(*row)

@@ -542,7 +542,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if model.revision is not None and (model.name.startswith("tiny-") or Path(model.name).is_dir()):
         found.append(f"model.revision: {model.name} is no hub id, so it has none")
     if recipe.eval.every and recipe.eval.cascade == "answers" and recipe.eval.questions:
-        found.append("eval.questions: is for cascade none or references; answers needs all questions")
+        found.append("eval.questions: is for cascade none or references; answers needs all questions: null")
     if recipe.eval.patience and not (recipe.eval.every and recipe.eval.keep_best):
         lacking = "eval.every" if recipe.eval.keep_best else "eval.keep_best: true"
         found.append(f"eval.patience: counts evaluations without a new best, so it needs {lacking}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from dataclasses import replace
@@ -221,6 +222,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert said in printed, said
     assert "290 questions of 30 groups" in printed
+    assert len(re.findall(r"[−+]\d+\.\d … [−+]\d+\.\d │", printed)) == printed.count(" … ")  # none is folded
     assert "10 questions are only in" in printed.replace("\n", " ")
     assert "\x1b]0;" not in printed
     told = json.loads((out / "compare.json").read_text(encoding="utf-8"))

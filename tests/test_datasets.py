@@ -160,16 +160,17 @@ def test_bad_lines_are_all_listed(folder: Path) -> None:
     file = folder / "q.jsonl"
     good = json.dumps(row()).encode()
     lines = [b"{", good, b"[1]", b'{"question": "Q"}', b'"\xff"', b"[" * 100_000, b"9" * 5000, good]
-    file.write_bytes(b"\n".join(lines))
+    file.write_bytes(b"\n".join([*lines, b'{"image": "a']))
     examples, problems = read(file)
     assert [e.id for e in examples] == ["q:2", "q:8"]
-    assert {p.place.rsplit(":", 1)[1] for p in problems} == {"1", "3", "4", "5", "6", "7"}
+    assert {p.place.rsplit(":", 1)[1] for p in problems} == {"1", "3", "4", "5", "6", "7", "9"}
     text = "\n".join(whats(problems))
     assert "q.jsonl:1: is not valid JSON" in text
     assert "q.jsonl:3: is a list; a row must be an object" in text
     assert "q.jsonl:4: answer is missing" in text
     assert "q.jsonl:4: image is missing" in text
     assert "q.jsonl:5: is not UTF-8 text" in text
+    assert "q.jsonl:9: is not valid JSON: Unterminated string starting at column 11" in text
 
 
 def test_bad_csv(folder: Path) -> None:

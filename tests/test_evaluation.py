@@ -121,10 +121,13 @@ def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> Non
     recipe_file = home / "recipe.yaml"
     for source, said in [
         (tmp_path / "none", r"is no run's folder; to evaluate a model as it was published, name the data"),
-        (tmp_path, "holds neither a run nor a checkpoint"),
+        (run / "checkpoints" / "step-000400", r"no such checkpoint; .*checkpoints has step-000002"),
     ]:
         with pytest.raises(BadInput, match=said):
             opened(source)
+    for given in (None, recipe_file):
+        with pytest.raises(BadInput, match="holds neither a run nor a checkpoint, and no model"):
+            opened(tmp_path, recipe_file=given)
     with pytest.raises(BadInput, match=r"--recipe is for a model as it was published; .*run brings its own"):
         opened(run, recipe_file=recipe_file)
     (tmp_path / "mine").mkdir()
@@ -325,12 +328,23 @@ def test_there_must_be_another_picture(home: Path) -> None:
 def test_variants_are_evaluated_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", str(run), "--split", "test", "--ablate", "black", "--corrupt", "noise:1..2"]
     assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    for title in ("images: black", "images: noise:1", "images: noise:2"):
+        assert f"exact match on test, {title}" in " ".join(printed.split())
     found = results.load_run(run)
     assert {each.variant for each in found.evaluations} == {"black", "noise:1", "noise:2"}
     assert found.evaluation("test", "noise:2").scores["variant"] == "noise:2"
     assert len({str([row.answer for row in each.predictions]) for each in found.evaluations}) > 1
     assert cli.main([*command[:-1], "fog:1"]) == 2
     assert "fog" in capsys.readouterr().err
+
+
+def test_keys_that_are_for_training_are_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = ["train.seed=3", "eval.questions=1", "train.lr=1", "eval.answers=generate"]
+    scored = evaluate(run, "test", overrides=given)
+    (told,) = [row.getMessage() for row in caplog.records if "changes nothing here" in row.getMessage()]
+    assert told.startswith("warning: eval.questions=1, train.lr=1: is for training")
+    assert told.endswith(f"all {scored['overall']['n']} questions are asked")
 
 
 # Cascade

@@ -252,8 +252,8 @@ def test_sources_that_are_none_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"step-000003: adapter_model\.safetensors: "):
         surgvqa.load_predictor(copy)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput, match="is not a model folder"):
-        surgvqa.load_predictor(tmp_path / "empty", device="cpu")
+    with pytest.raises(BadInput, match="empty holds neither a run nor a checkpoint, and no model"):
+        surgvqa.load_predictor(tmp_path / "empty")
 
 
 def test_a_real_model_computes_on_the_cpu_only_if_that_is_asked_for(

@@ -437,6 +437,10 @@ def test_the_command(
     (tmp_path / "file").write_text("")
     assert cli.main(["report", str(runs[0]), "--out", "file/report.html", "--no-pictures"]) == 2
     assert "--out file/report.html: cannot be written" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    assert cli.main(["report", str(runs[0]), "--out", "folder", "--no-pictures"]) == 2
+    assert "--out folder: cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*"))
     (tmp_path / "report.html").unlink()
     (tmp_path / "report.html").symlink_to(runs[0] / "recipe.yaml")
     assert cli.main(["report", *map(str, runs), "--no-pictures"]) == 0

@@ -137,11 +137,16 @@ def jsonl_rows(file: Path) -> Iterator[Row | Problem]:
             except UnicodeDecodeError:
                 yield Problem(place, "is not UTF-8 text")
             except json.JSONDecodeError as error:
-                yield Problem(place, f"is not valid JSON: {error.msg} at column {error.colno}")
+                yield Problem(place, f"is not valid JSON: {_told(error)} at column {error.colno}")
             except RecursionError as error:  # endless brackets
                 yield Problem(place, f"is not usable JSON: {error}")
             else:
                 yield decoder.row(value, place, number)
+
+
+def _told(error: json.JSONDecodeError) -> str:
+    """What is wrong; some of json's messages end in " at", for a place to follow."""
+    return error.msg.removesuffix(" at")
 
 
 def json_rows(file: Path) -> Iterator[Row | Problem]:
@@ -176,7 +181,8 @@ def json_rows(file: Path) -> Iterator[Row | Problem]:
             place = f"{file}:{text.line + error.lineno - 1}"
             column = error.colno + (text.column if error.lineno == 1 else 0)
             where = f"row {number + 1} and what follows it cannot be read"
-            yield Problem(place, f"is not valid JSON: {error.msg} at column {column}; {where}", whole=True)
+            what = f"is not valid JSON: {_told(error)} at column {column}; {where}"
+            yield Problem(place, what, whole=True)
         except RecursionError as error:
             what = f"is not usable JSON: {error}; row {number + 1} and what follows it cannot be read"
             yield Problem(str(file), what, whole=True)

@@ -9,6 +9,7 @@ content security policy). What comes from data and runs is text there, never mar
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -252,4 +253,6 @@ def _write(out: Path, text: str) -> None:
             file.write(text)
         aside.replace(out)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise BadInput(f"--out {out}: cannot be written ({error.strerror}); choose another file") from None

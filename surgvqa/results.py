@@ -63,15 +63,17 @@ class Evaluation:
         """
         import pandas as pd
 
-        if not isinstance(self.scores.get("overall"), dict):
-            raise BadInput(f"{self.scores_file}: holds no scores; run `surgvqa evaluate` again")
-        found = {"all": self.scores["overall"], **self.scores["by_type"]}
+        if self.scores.get("schema") != scores.SCHEMA:
+            raise BadInput(f"{self.scores_file}: holds no scores of this form; run `surgvqa evaluate` again")
+        found = [("all", self.scores["overall"]), *self.scores["by_type"].items()]
         rows = []
-        for row in found.values():
+        for _, row in found:
             low, high = row["intervals"].get("exact", (None, None))
             note = "; ".join(scores.MARKS[mark] for mark in scores.marks(row["few"], row["few_groups"]))
             rows.append((row["n"], row["exact"], low, high, row["prior"], note))
-        table = pd.DataFrame(rows, found, ["questions", "exact", "low", "high", "prior", "note"])
+        table = pd.DataFrame(
+            rows, [name for name, _ in found], ["questions", "exact", "low", "high", "prior", "note"]
+        )
         shares = ["exact", "low", "high", "prior"]
         table[shares] = 100 * table[shares].astype(float)
         return table

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from conftest import closed_sets, write_jsonl
 from PIL import Image
 
-from surgvqa import cli, evaluation, processes, recipe, results, train
+from surgvqa import cli, evaluation, processes, recipe, results, sources, train
 from surgvqa.datasets import Region, in_context
 from surgvqa.endings import NumericFailure, Preempted
 from surgvqa.evaluation import evaluate
@@ -115,6 +115,27 @@ def test_a_published_model_is_evaluated_with_a_recipe(
     assert cli.main([*command, f"output={tmp_path / 'exp'}", "--split", "test"]) == 0  # again, into its own
     assert cli.main(["evaluate", str(folder), "--split", "test", "--ablate", "black"]) == 0
     assert len(results.load_run(folder).evaluations) == 2
+
+
+def test_a_checkpoint_may_be_named_from_where_it_lies(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = run / "checkpoints" / "step-000002"
+    for folder, name in [(step, "."), (step.parent, "step-000002"), (step, "../step-000002"), (run, step)]:
+        monkeypatch.chdir(folder)
+        predictions, scores = opened(name).files("test", "")
+        assert predictions == run.resolve() / "predictions.step-000002.jsonl"
+        assert scores == run.resolve() / "scores.step-000002.json"
+
+
+def test_results_go_where_they_can_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for out, said in [("file", "File exists"), ("file/within", "Not a directory")]:
+        with pytest.raises(BadInput, match=rf"{out} cannot hold results \({said}\); choose another folder"):
+            evaluate(run, "test", output=tmp_path / out)
+    monkeypatch.setattr(sources.os, "access", lambda *given: False)
+    with pytest.raises(BadInput, match=r"run cannot hold results \(Permission denied\)"):
+        evaluate(run, "test")
 
 
 def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> None:
@@ -455,6 +476,14 @@ def test_answers_on_other_data_take_nobodys_place(run: Path, tmp_path: Path) -> 
     evaluate(
         run, "test", overrides=[f"data.path={recipe.load(run / 'recipe.yaml').data.path}"]
     )  # it may move
+
+
+def test_answers_to_another_part_take_nobodys_place(run: Path) -> None:
+    evaluate(run, overrides=["eval.final=test"])
+    with pytest.raises(BadInput, match=r"predictions\.jsonl holds answers to the test part, .* to val would"):
+        evaluate(run, overrides=["eval.final=val"])
+    evaluate(run, "val")
+    assert [each.split for each in results.load_run(run).evaluations] == ["test", "val"]
 
 
 def test_earlier_questions_have_their_boxes(home: Path) -> None:

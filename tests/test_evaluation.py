@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import closed_sets, write_jsonl
+from conftest import FAMILIES, closed_sets, write_jsonl
 from PIL import Image
 
 from surgvqa import cli, evaluation, processes, recipe, results, sources, train
 from surgvqa.datasets import Region, in_context
+from surgvqa.decode import greedy
 from surgvqa.endings import NumericFailure, Preempted
 from surgvqa.evaluation import evaluate
+from surgvqa.model import base
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput
 from surgvqa.sources import opened
@@ -354,6 +356,13 @@ def test_variants_are_evaluated_beside_the_run(run: Path, capsys: pytest.Capture
     assert "fog" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("variant", ["smoke", "smoke:1..5", " smoke:1"])
+def test_a_variant_is_a_single_corruption(home: Path, variant: str) -> None:
+    _, prepared = prepared_of(home)
+    with pytest.raises(BadInput, match="is not one corruption's name, such as smoke:1"):
+        prepared.varied(prepared.questions("test", asked=True), variant)
+
+
 # Cascade
 
 
@@ -441,6 +450,25 @@ def test_nan_is_no_answer(home: Path, words: list[str]) -> None:
         next(iter(network.parameters())).fill_(math.nan)
     compute = processes.compute("fp32", "auto", accelerator.device)
     asked = prepared.questions("test", asked=True)
+    with pytest.raises(NumericFailure, match="gives NaN where an answer should be"):
+        evaluation.predict(network, prepared, asked, accelerator=accelerator, compute=compute)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nan_behind_the_first_token_is_no_answer_either(home: Path, family: str) -> None:
+    """Of a word that no prompt holds but that the model begins with."""
+    accelerator, prepared = prepared_of(home, f"model.name={family}")
+    network, asked = prepared.network(), prepared.questions("test", asked=True)
+    questions = asked.pack([[number] for number in range(len(asked))], asked=True)
+    first = greedy(network, questions, stop_ids=prepared.chat.stop_ids, max_new_tokens=1)
+    words = base(network).get_input_embeddings().weight
+    own = torch.nn.Parameter(words.detach().clone())  # the output's stay as they are
+    damaged = sorted({token for answer in first for token in answer} - {*questions.ids.flatten().tolist()})
+    assert damaged
+    with torch.no_grad():
+        own[damaged] = math.nan
+    base(network).get_input_embeddings().weight = own
+    compute = processes.compute("fp32", "auto", accelerator.device)
     with pytest.raises(NumericFailure, match="gives NaN where an answer should be"):
         evaluation.predict(network, prepared, asked, accelerator=accelerator, compute=compute)
 

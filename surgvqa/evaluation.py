@@ -242,20 +242,17 @@ class Begun:
 
     def known(self) -> Answers:
         """Those of a former start. What a crash left half written is cut off."""
-        found: Answers = {}
-        rows = results.rows(self.file)
-        if not rows or rows[0].get("of") != self.of:
-            rows = [{"of": self.of}]
-        for row in rows[1:]:
-            found[self.numbers[row["id"]]] = row["answer"], row["probabilities"]
+        rows = [row for row in results.rows(self.file) if row.get("of") == self.of]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(self.file, "".join(map(_line, rows)))
-        return found
+        return {self.numbers[row["id"]]: (row["answer"], row["probabilities"]) for row in rows}
 
     def keep(self, answers: Answers) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             for number, (answer, probabilities) in answers.items():
-                file.write(_line({"id": self.ids[number], "answer": answer, "probabilities": probabilities}))
+                # Each line tells whose it is: another evaluation of the run may write here, too.
+                row = {"of": self.of, "id": self.ids[number], "answer": answer}
+                file.write(_line({**row, "probabilities": probabilities}))
 
     def end(self) -> None:
         self.file.unlink(missing_ok=True)
@@ -334,7 +331,7 @@ def _fingerprint(prepared: Prepared, part: Part, source: Source, variant: str) -
         settings["train"]["precision"], settings["train"]["seed"], settings["data"]["labels"],
         {key: settings["eval"][key] for key in ("answers", "max_new_tokens", "cascade")},
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:

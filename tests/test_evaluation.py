@@ -222,13 +222,23 @@ def test_a_stopped_evaluation_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Preempted, match="the same command goes on"):
         evaluation._evaluate(source, "test", [""], stop)
     kept = rows(run, "predictions.jsonl.partial")
-    assert 0 < stop.asked == len(kept) - 1 < total
+    assert 0 < stop.asked == len(kept) < total
     with (run / "predictions.jsonl.partial").open("a") as file:
         file.write('{"id": "half a li')
     evaluation._evaluate(source, "test", [""])
     assert stop.asked == total
     assert (run / "predictions.jsonl").read_bytes() == expected
     assert not (run / "predictions.jsonl.partial").exists()
+
+
+def test_two_evaluations_at_once_do_not_take_each_others_answers(home: Path, tmp_path: Path) -> None:
+    _, prepared = prepared_of(home)
+    file, questions = tmp_path / "predictions.jsonl.partial", prepared.questions("test", asked=True)
+    one, two = (evaluation.Begun(file, of, questions) for of in ("one", "two"))
+    assert one.known() == two.known() == {}
+    one.keep({0: ("of one", None), 2: ("of one", None)})
+    two.keep({0: ("of two", None), 1: ("too", {"too": 1.0})})
+    assert two.known() == {0: ("of two", None), 1: ("too", {"too": 1.0})}
 
 
 def test_results_of_one_folder_are_of_one_model_and_one_recipe(home: Path, tmp_path: Path) -> None:

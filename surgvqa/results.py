@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from surgvqa import datasets, recipe, scores
 from surgvqa.letterbox import read_rgb
@@ -79,8 +79,8 @@ class Evaluation:
         return table
 
     @property
-    def split(self) -> str | None:
-        return self._text("split")
+    def split(self) -> Part | None:
+        return next((part for part in get_args(Part) if part == self.scores.get("split")), None)
 
     @property
     def checkpoint(self) -> str | None:
@@ -91,6 +91,12 @@ class Evaluation:
     def variant(self) -> str:
         """What was done to the images: "" nothing, `black`, `shuffle`, or a corruption such as `smoke:3`."""
         return self._text("variant") or ""
+
+    @property
+    def overrides(self) -> list[str]:
+        """Recipe keys that were changed for it, as `key=value`."""
+        told = self.scores.get("overrides")
+        return [word for word in told if isinstance(word, str)] if isinstance(told, list) else []
 
     @cached_property
     def predictions(self) -> list[Prediction]:

@@ -115,8 +115,7 @@ class Entry:
     @cached_property
     def settings(self) -> Recipe:
         """The recipe with what the evaluation changed."""
-        told = self.judged.scores.get("overrides", []) if self.judged else []
-        words = [word for word in told if isinstance(word, str)] if isinstance(told, list) else []
+        words = self.judged.overrides if self.judged else []
         try:
             return recipe.parse(self.run.recipe.dump(), words) if words else self.run.recipe
         except BadInput:
@@ -179,12 +178,10 @@ def entries(folders: Sequence[Path], split: str | None) -> list[Entry]:
     return found
 
 
-def _conditions(evaluation: Evaluation) -> tuple[str | None, list[Any]]:
+def _conditions(evaluation: Evaluation) -> tuple[str | None, list[str]]:
     """The checkpoint, and the overrides but for those that say how the work is done."""
-    words = evaluation.scores.get("overrides")
     work = ("batch.", "data.workers=", "model.attn=")
-    kept = [word for word in words if not str(word).startswith(work)] if isinstance(words, list) else []
-    return evaluation.checkpoint, kept
+    return evaluation.checkpoint, [word for word in evaluation.overrides if not word.startswith(work)]
 
 
 def shown(name: str, value: float | None) -> str:

@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from rich.progress import Progress
 from rich.table import Table
 
-from surgvqa import checkpoint, corrupt, datasets, grounding, processes, recipe, results, scores
+from surgvqa import checkpoint, corrupt, datasets, grounding, hub, processes, recipe, results, scores
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
@@ -324,14 +324,22 @@ def examine(
 def _fingerprint(prepared: Prepared, part: Part, source: Source, variant: str) -> str:
     """Digest of all that decides an answer; not of how many processes and questions share the work."""
     settings = prepared.recipe.model_dump(mode="json")
-    # A hub id's folder has the commit in its name; the seed draws shuffled images and tiny models' weights.
+    # A hub id's folder has the commit in its name, the files of another may change. The seed draws shuffled
+    # images and tiny models' weights.
     conditions = [
-        source.weights, str(prepared.folder.path), part, variant, prepared.fingerprint(part),
+        source.weights, str(prepared.folder.path), _files_of(prepared.folder),
+        part, variant, prepared.fingerprint(part),
         {key: settings[key] for key in ("model", "prompt", "image")},
         settings["train"]["precision"], settings["train"]["seed"], settings["data"]["labels"],
         {key: settings["eval"][key] for key in ("answers", "max_new_tokens", "cascade")},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _files_of(folder: hub.Folder) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change of a model's weights where they lie in a folder of somebody's own."""
+    files = sorted(folder.path.glob("*.safetensors")) if Path(folder.name).is_dir() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from conftest import FAMILIES, closed_sets, write_jsonl
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from surgvqa import cli, evaluation, processes, recipe, results, sources, train
 from surgvqa.datasets import Region, in_context
@@ -283,6 +284,27 @@ def test_answers_to_other_questions_are_not_taken(
     scores = evaluation._evaluate(opened(run, overrides=[word]), "test", [""])[0]
     assert again.asked == scores["overall"]["n"]
     assert scores["overrides"] == [word]
+
+
+def test_answers_of_a_folders_former_weights_are_not_taken(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["model.tune=full", "train.max_steps=1", f"output={tmp_path / 'full'}"]
+    step = train.train(recipe.load(home / "recipe.yaml", words)) / "checkpoints" / "step-000001"
+    model = tmp_path / "published"
+    model.mkdir()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for file in step.iterdir():
+        if file.name not in ("manifest.json", "state.json", "recipe.yaml", "optimizer.safetensors"):
+            shutil.copy(file, model)
+    stop: Any = Counted(monkeypatch, 2)
+    again = (opened(model, recipe_file=home / "recipe.yaml", output=tmp_path / "out"), "test", [""])
+    with pytest.raises(Preempted):
+        evaluation._evaluate(*again, stop)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 0.5 * value for name, value in weights.items()}, model / "model.safetensors")
+    counted = Counted(monkeypatch, 10**9)
+    assert evaluation._evaluate(*again)[0]["overall"]["n"] == counted.asked
 
 
 def test_answers_about_other_shuffled_pictures_are_not_taken(

@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -404,7 +405,7 @@ def test_charts() -> None:
     assert 'width="500"' in charts.bar(0.5)
 
 
-def test_markdown(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_markdown(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(runs[0]), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     told = json.loads((runs[0] / "scores.json").read_text())
@@ -423,6 +424,11 @@ def test_markdown(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].endswith("| exp1, % [95 %] | exp2, % [95 %] | exp2 − exp1 [95 %] | p |")
     assert len({line.count("|") - line.count("\\|") for line in lines if line.startswith("|")}) == 1
     assert lines[-1].endswith("after Holm over the types.")
+    odd = Path(shutil.copytree(runs[0], tmp_path / "a|b"))
+    assert cli.main(["report", str(odd), str(runs[1]), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| exp2 − a\\|b [95 %] | p |")
+    assert lines[1] == "|---|--:|--:|--:|--:|--:|--:|"
 
 
 def test_the_command(

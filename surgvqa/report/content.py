@@ -562,15 +562,16 @@ def table(judged: Sequence[Entry], compared: Sequence[Against]) -> Iterator[str]
     """Exact match with its intervals beside the prior as a table in GitHub's Markdown."""
     of_runs = [f"{_escaped(entry.name)}, % [95 %]" for entry in judged]
     of_changes = [
-        f"{_escaped(each.entry.name)} − {_escaped(judged[0].name)} [95 %] | p"
+        head
         for each in compared
         if each.overall
+        for head in (f"{_escaped(each.entry.name)} − {_escaped(judged[0].name)} [95 %]", "p")
     ]
     if len(judged) == 1:
         of_runs = ["Exact match, % [95 %]"]
     head = ["Questions", "n", "Prior, %", *of_runs, *of_changes]
     yield f"| {' | '.join(head)} |"
-    yield "|---" + "|--:" * (" | ".join(head).count("|")) + "|"
+    yield "|---" + "|--:" * (len(head) - 1) + "|"
     kinds = dict.fromkeys(kind for entry in judged if entry.scores for kind in entry.scores.by_type)
     marks = ""
     for kind in (None, *kinds):

@@ -81,7 +81,8 @@ def answered(
 
     A question that has labels gets the most probable one (of equals the first) and their probabilities. In a
     cascade all of a stage are answered before the next is asked. Raises on all processes alike: Preempted,
-    behind a share of the answers, where any was asked to stop, and NumericFailure where a model gives NaN.
+    behind a share of the answers, where any was asked to stop, NumericFailure where a model gives NaN, and
+    BadInput where an image can no longer be read.
     """
     told: Answers = dict(known or {})
     was_training = network.training
@@ -92,7 +93,7 @@ def answered(
             for chunk in _by_chunks(network, prepared, posed, left, accelerator, compute):
                 shares = gather_object([(chunk, bool(stop))])
                 for share, _ in shares:
-                    if isinstance(share, NumericFailure):
+                    if isinstance(share, (BadInput, NumericFailure)):
                         raise share
                 found = {numbers[place]: answer for share, _ in shares for place, answer in share.items()}
                 told |= found
@@ -127,7 +128,7 @@ def _by_chunks(
     left: Sequence[int],
     accelerator: Accelerator,
     compute: Compute,
-) -> Iterator[Answers | NumericFailure]:
+) -> Iterator[Answers | BadInput | NumericFailure]:
     """This process's share of the answers to the questions `left`, or why it has none; as many times on every
     process, up to a failure."""
     device = accelerator.device
@@ -140,19 +141,19 @@ def _by_chunks(
     )
     done, found = 0, Answers()
     workers = processes.data_workers(prepared.recipe.data.workers, device)
-    for (chunk, micro_batch), pack in packs(
-        questions, jobs, asked=True, workers=workers, cuda=device.type == "cuda"
-    ):
-        while done < chunk:
-            yield found
-            done, found = done + 1, Answers()
-        asked = [question for tree in micro_batch for question in tree]
-        try:
+    try:
+        for (chunk, micro_batch), pack in packs(
+            questions, jobs, asked=True, workers=workers, cuda=device.type == "cuda"
+        ):
+            while done < chunk:
+                yield found
+                done, found = done + 1, Answers()
+            asked = [question for tree in micro_batch for question in tree]
             answers = answers_of(network, prepared, questions, asked, pack.to(device), compute)
-        except NumericFailure as failure:
-            yield failure
-            return
-        found |= zip(asked, answers, strict=True)
+            found |= zip(asked, answers, strict=True)
+    except (BadInput, NumericFailure) as failure:
+        yield failure
+        return
     for _ in range(done, len(chunks)):
         yield found
         found = Answers()

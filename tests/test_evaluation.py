@@ -505,6 +505,19 @@ def test_nan_behind_the_first_token_is_no_answer_either(home: Path, family: str)
         evaluation.predict(network, prepared, asked, accelerator=accelerator, compute=compute)
 
 
+def test_an_image_that_is_gone_is_told_to_all_processes(home: Path, tmp_path: Path) -> None:
+    accelerator, prepared = prepared_of(home)
+    asked = prepared.questions("test", asked=True)
+    last = asked.examples[-1]
+    gone = [replace(image, path=tmp_path / "gone.png") for image in last.images]
+    shown = asked.shown({last.image_key: gone}, None)
+    compute, left = processes.compute("fp32", "auto", accelerator.device), range(len(asked))
+    *_, failure = evaluation._by_chunks(prepared.network(), prepared, shown, left, accelerator, compute)
+    assert isinstance(failure, BadInput)
+    with pytest.raises(BadInput, match=last.images[0].key):
+        evaluation.predict(prepared.network(), prepared, shown, accelerator=accelerator, compute=compute)
+
+
 def test_scores_are_never_beside_other_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate(run, "test")
 

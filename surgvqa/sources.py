@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from surgvqa import checkpoint, recipe, results
@@ -46,9 +47,12 @@ class Source:
         names = results.file_names(part, self.settings.eval.final, name, variant)
         return self.run / names[0], self.run / names[1]
 
-    @property
+    @cached_property
     def weights(self) -> str | None:
-        """Digest of the checkpoint's manifest, which has those of all its files; None where there is none."""
+        """Digest of the checkpoint's manifest, which has those of all its files; None where there is none.
+
+        Of when this is first asked for: training that goes on deletes checkpoints that are being evaluated.
+        """
         if self.checkpoint is None:
             return None
         manifest = (self.checkpoint / checkpoint.MANIFEST).read_bytes()

@@ -129,6 +129,23 @@ def test_a_checkpoint_may_be_named_from_where_it_lies(run: Path, monkeypatch: py
         assert scores == run.resolve() / "scores.step-000002.json"
 
 
+def test_training_may_delete_a_checkpoint_that_is_being_evaluated(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, step = evaluation.answers_of, run / "checkpoints" / "step-000002"
+
+    def meanwhile(*given: Any) -> Any:
+        shutil.rmtree(step, ignore_errors=True)
+        return answers(*given)
+
+    source = opened(run)
+    monkeypatch.setattr(evaluation, "answers_of", meanwhile)
+    found = evaluation._evaluate(source, "test", ["", "black"])
+    assert not step.exists()
+    assert [each["checkpoint"] for each in found] == ["step-000002"] * 2
+    assert {each["manifest"] for each in found} == {source.weights}
+
+
 def test_results_go_where_they_can_be_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

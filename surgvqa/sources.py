@@ -190,8 +190,8 @@ def _keep_others(source: Source, part: Part, variants: Sequence[str], ids: set[s
         if file.is_file() and before.get("split", part) != part:
             raise BadInput(
                 f"{file} holds answers to the {before['split']} part, whose place those to {part} would take "
-                f"(eval.final={source.settings.eval.final}); say where they go with --out, or move the file "
-                "away"
+                f"(eval.final: {source.settings.eval.final or 'null'}); give --split, say where they go with "
+                "--out, or move the file away"
             )
         words = before.get("overrides")
         words = words if isinstance(words, list) else []

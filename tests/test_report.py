@@ -108,7 +108,11 @@ def test_blind_is_compared_in_pairs(runs: list[Path]) -> None:
     assert black.difference.interval[0] < lost < black.difference.interval[1]
 
 
-@pytest.mark.parametrize("more", [{"checkpoint": "step-000100"}, {"overrides": ["image.size=256"]}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{"checkpoint": "step-000100"}, {"overrides": ["image.size=256"]}, {"split": "val"}],
+    ids=str,
+)
 def test_other_pictures_count_only_where_all_else_is_the_same(
     data: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
@@ -118,8 +122,8 @@ def test_other_pictures_count_only_where_all_else_is_the_same(
     (entry,) = content.entries([run], None)
     assert [each.what for each in content.blind(entry)] == ["images of other questions"]
     assert "scores.black.json is left out" in entry.notes[0]
-    told = json.loads(file.read_text()) | {"checkpoint": "step-000200", "overrides": ["data.workers=1"]}
-    file.write_text(json.dumps(told))
+    same = {"split": "test", "checkpoint": "step-000200", "overrides": ["data.workers=1", "eval.final=test"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | same))
     assert len(content.entries([run], None)[0].variants) == 2
 
 

@@ -169,7 +169,7 @@ def entries(folders: Sequence[Path], split: str | None) -> list[Entry]:
             assert judged
             if judged.scores and _conditions(told) != _conditions(judged):
                 notes.append(
-                    f"{told.scores_file.name} is left out: it is of another checkpoint than "
+                    f"{told.scores_file.name} is left out: it is of another part or checkpoint than "
                     f"{judged.scores_file.name}, or by another recipe; evaluate again"
                 )
             else:
@@ -178,10 +178,12 @@ def entries(folders: Sequence[Path], split: str | None) -> list[Entry]:
     return found
 
 
-def _conditions(evaluation: Evaluation) -> tuple[str | None, list[str]]:
-    """The checkpoint, and the overrides but for those that say how the work is done."""
-    work = ("batch.", "data.workers=", "model.attn=")
-    return evaluation.checkpoint, [word for word in evaluation.overrides if not word.startswith(work)]
+def _conditions(evaluation: Evaluation) -> tuple[str | None, str | None, list[str]]:
+    """The part, the checkpoint, and the overrides but for those that say how the work is done, or which part
+    a run is judged by, as `surgvqa submit` does."""
+    work = ("batch.", "data.workers=", "model.attn=", "eval.final=")
+    words = [word for word in evaluation.overrides if not word.startswith(work)]
+    return evaluation.split, evaluation.checkpoint, words
 
 
 def shown(name: str, value: float | None) -> str:

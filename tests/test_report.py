@@ -578,6 +578,8 @@ def test_paging_keys_and_addresses(pages: dict[str, Path], browser: Browser) -> 
     browser.js("location.hash = '#v=right'")
     browser.until("document.getElementById('verdict').value === 'right'")
     assert all("✓" in card for card in cards(browser))
+    browser.open(pages["one"], "#v=constructor")
+    assert count(browser) == len(packed(pages["one"])["id"])
     browser.open(pages["one"], "#v=%22%3E&t=none&p=-7&g=%FF")
     assert browser.complaints == []
 

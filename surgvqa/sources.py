@@ -154,7 +154,7 @@ def claim(source: Source, part: Part, variants: Sequence[str], examples: Sequenc
 def _claim_folder(source: Source) -> None:
     run, told = source.run, source.run / "recipe.yaml"
     trained = (run / "checkpoints").exists()
-    if source.checkpoint and source.checkpoint.resolve().is_relative_to(run.resolve()):
+    if source.checkpoint and source.checkpoint.resolve().parent.parent == run.resolve():
         return
     if trained or (run.is_dir() and any(run.iterdir()) and not told.is_file()):
         what = "holds another run" if trained else "holds other things"

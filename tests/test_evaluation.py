@@ -129,6 +129,12 @@ def test_a_checkpoint_may_be_named_from_where_it_lies(run: Path, monkeypatch: py
         assert scores == run.resolve() / "scores.step-000002.json"
 
 
+def test_a_folder_above_runs_is_no_runs_own(run: Path) -> None:
+    with pytest.raises(BadInput, match="holds other things; choose a folder of its own"):
+        evaluate(run, "test", output=run.parent)
+    assert not (run.parent / "predictions.jsonl").exists()
+
+
 def test_training_may_delete_a_checkpoint_that_is_being_evaluated(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

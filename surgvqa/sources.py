@@ -85,7 +85,13 @@ def opened(
         run = found.parent.parent if by_itself else folder
         if not (run / "recipe.yaml").is_file():
             raise BadInput(f"{folder} does not lie in a run's folder; say where the results go with --out")
-    return Source(settings, run, found, by_itself and output is None, tuple(overrides))
+    in_its_run = found is not None and _in_its_run(found, run)
+    return Source(settings, run, found, by_itself and in_its_run, tuple(overrides))
+
+
+def _in_its_run(found: Path, run: Path) -> bool:
+    """Whether a checkpoint is that of the run in a folder."""
+    return found.resolve().parent.parent == run.resolve()
 
 
 def model_of(
@@ -154,7 +160,7 @@ def claim(source: Source, part: Part, variants: Sequence[str], examples: Sequenc
 def _claim_folder(source: Source) -> None:
     run, told = source.run, source.run / "recipe.yaml"
     trained = (run / "checkpoints").exists()
-    if source.checkpoint and source.checkpoint.resolve().parent.parent == run.resolve():
+    if source.checkpoint and _in_its_run(source.checkpoint, run):
         return
     if trained or (run.is_dir() and any(run.iterdir()) and not told.is_file()):
         what = "holds another run" if trained else "holds other things"

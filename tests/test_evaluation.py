@@ -82,6 +82,7 @@ def test_a_run_a_checkpoint_and_its_copy_answer_alike(run: Path, tmp_path: Path)
     step = run / "checkpoints" / "step-000002"
     evaluate(step, "test")
     assert rows(run, "predictions.step-000002.jsonl") == rows(run)
+    assert opened(step, output=run).files("test", "") == opened(step).files("test", "")
     lone = Path(shutil.copytree(step, tmp_path / "elsewhere" / "adapter"))
     with pytest.raises(BadInput, match="say where the results go with --out"):
         opened(lone)

@@ -155,11 +155,11 @@ def _judged(recipe: Recipe, dataset: Dataset) -> Iterator[Problem]:
 
 
 def _as_expected(recipe: Recipe, example: Example) -> Prediction:
-    """A question answered with its first reference, chosen among its labels where it has to be."""
+    """A question as it could be answered: with one of its labels where it has to be, else as expected."""
     labels = closed_set(recipe, example) if recipe.eval.answers == "labels" else ()
     return Prediction.of(
         example,
-        example.answers[0],
+        labels[0] if labels else example.answers[0],
         probabilities={label: 1 / len(labels) for label in labels} or None,
         reference_regions=as_rows(example.regions) or None,
     )

@@ -117,9 +117,10 @@ class Comparison:
             values = {"a": found.a, "b": found.b, "difference": found.difference}
             return {"questions": compared.n, **values, "low": low, "high": high, "p": p}
 
-        rows = {("all", name): row(self.overall, found) for name, found in self.overall.scores.items()}
-        rows |= {(kind, "exact"): row(found, found.scores["exact"]) for kind, found in self.by_type.items()}
-        table = pd.DataFrame(rows.values(), pd.MultiIndex.from_tuples(rows, names=["what", "score"]))
+        shown = [("all", name, self.overall) for name in self.overall.scores]
+        shown += [(kind, "exact", found) for kind, found in self.by_type.items()]
+        index = pd.MultiIndex.from_tuples([each[:2] for each in shown], names=["what", "score"])
+        table = pd.DataFrame([row(found, found.scores[name]) for _, name, found in shown], index)
         return table.astype({"low": float, "high": float, "p": float})
 
     def row(self) -> dict[str, Any]:
@@ -377,9 +378,9 @@ def drawing(found: Comparison) -> str:
     """The differences in exact match, overall and by question type, with their intervals, as an SVG."""
     import jinja2
 
-    whole = {"all": found.overall, **found.by_type}
-    shown = {name: compared.scores["exact"] for name, compared in whole.items()}
-    edges = [edge for row in shown.values() for edge in (row.difference, *(row.interval or ()))]
+    parts = [("all", found.overall), *found.by_type.items()]
+    shown = [(name, part.scores["exact"], f"n = {part.n}{part.marks}") for name, part in parts]
+    edges = [edge for _, row, _ in shown for edge in (row.difference, *(row.interval or ()))]
     reach: float = max(1, math.ceil(20 * max(map(abs, edges)))) / 20  # a whole number of times 5 points
 
     def x(share: float) -> int:
@@ -388,12 +389,12 @@ def drawing(found: Comparison) -> str:
     rows = [
         {
             "name": printable(name)[:40],
-            "what": f"{signed(row.difference)}, n = {whole[name].n}{whole[name].marks}",
+            "what": f"{signed(row.difference)}, {counted}",
             "y": 70 + 26 * number,
             "x": x(row.difference),
             "span": [x(edge) for edge in row.interval] if row.interval else None,
         }
-        for number, (name, row) in enumerate(shown.items())
+        for number, (name, row, counted) in enumerate(shown)
     ]
     ticks = [
         (x(share), f"{100 * share:+.3g}" if share else "0")

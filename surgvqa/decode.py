@@ -74,7 +74,7 @@ def greedy(
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state
-                logits = qwen.lm_head(hidden[0])
+                logits = _sane(qwen.lm_head(hidden[0]))
     return [[token for token in answer if token >= 0] for answer in said.tolist()]
 
 

@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from rich.progress import Progress
 from rich.table import Table
 
-from surgvqa import checkpoint, corrupt, datasets, grounding, processes, recipe, results, scores
+from surgvqa import checkpoint, corrupt, datasets, grounding, hub, processes, recipe, results, scores
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
@@ -88,7 +88,8 @@ def answered(
 
     A question that has labels gets the most probable one (of equals the first) and their probabilities. In a
     cascade all of a stage are answered before the next is asked. Raises on all processes alike: Preempted,
-    behind a share of the answers, where any was asked to stop, and NumericFailure where a model gives NaN.
+    behind a share of the answers, where any was asked to stop, NumericFailure where a model gives NaN, and
+    BadInput where an image can no longer be read.
     """
     told: Answers = dict(known or {})
     was_training = network.training
@@ -99,7 +100,7 @@ def answered(
             for chunk in _by_chunks(network, prepared, posed, left, accelerator, compute):
                 shares = gather_object([(chunk, bool(stop))])
                 for share, _ in shares:
-                    if isinstance(share, NumericFailure):
+                    if isinstance(share, (BadInput, NumericFailure)):
                         raise share
                 found = {numbers[place]: answer for share, _ in shares for place, answer in share.items()}
                 told |= found
@@ -134,7 +135,7 @@ def _by_chunks(
     left: Sequence[int],
     accelerator: Accelerator,
     compute: Compute,
-) -> Iterator[Answers | NumericFailure]:
+) -> Iterator[Answers | BadInput | NumericFailure]:
     """This process's share of the answers to the questions `left`, or why it has none; as many times on every
     process, up to a failure."""
     device = accelerator.device
@@ -147,19 +148,19 @@ def _by_chunks(
     )
     done, found = 0, Answers()
     workers = processes.data_workers(prepared.recipe.data.workers, device)
-    for (chunk, micro_batch), pack in packs(
-        questions, jobs, asked=True, workers=workers, cuda=device.type == "cuda"
-    ):
-        while done < chunk:
-            yield found
-            done, found = done + 1, Answers()
-        asked = [question for tree in micro_batch for question in tree]
-        try:
+    try:
+        for (chunk, micro_batch), pack in packs(
+            questions, jobs, asked=True, workers=workers, cuda=device.type == "cuda"
+        ):
+            while done < chunk:
+                yield found
+                done, found = done + 1, Answers()
+            asked = [question for tree in micro_batch for question in tree]
             answers = answers_of(network, prepared, questions, asked, pack.to(device), compute)
-        except NumericFailure as failure:
-            yield failure
-            return
-        found |= zip(asked, answers, strict=True)
+            found |= zip(asked, answers, strict=True)
+    except (BadInput, NumericFailure) as failure:
+        yield failure
+        return
     for _ in range(done, len(chunks)):
         yield found
         found = Answers()
@@ -249,20 +250,17 @@ class Begun:
 
     def known(self) -> Answers:
         """Those of a former start. What a crash left half written is cut off."""
-        found: Answers = {}
-        rows = results.rows(self.file)
-        if not rows or rows[0].get("of") != self.of:
-            rows = [{"of": self.of}]
-        for row in rows[1:]:
-            found[self.numbers[row["id"]]] = row["answer"], row["probabilities"]
+        rows = [row for row in results.rows(self.file) if row.get("of") == self.of]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(self.file, "".join(map(_line, rows)))
-        return found
+        return {self.numbers[row["id"]]: (row["answer"], row["probabilities"]) for row in rows}
 
     def keep(self, answers: Answers) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             for number, (answer, probabilities) in answers.items():
-                file.write(_line({"id": self.ids[number], "answer": answer, "probabilities": probabilities}))
+                # Each line tells whose it is: another evaluation of the run may write here, too.
+                row = {"of": self.of, "id": self.ids[number], "answer": answer}
+                file.write(_line({**row, "probabilities": probabilities}))
 
     def end(self) -> None:
         self.file.unlink(missing_ok=True)
@@ -334,14 +332,22 @@ def examine(
 def _fingerprint(prepared: Prepared, part: Part, source: Source, variant: str) -> str:
     """Digest of all that decides an answer; not of how many processes and questions share the work."""
     settings = prepared.recipe.model_dump(mode="json")
-    # A hub id's folder has the commit in its name; the seed draws shuffled images and tiny models' weights.
+    # A hub id's folder has the commit in its name, the files of another may change. The seed draws shuffled
+    # images and tiny models' weights.
     conditions = [
-        source.weights, str(prepared.folder.path), part, variant, prepared.fingerprint(part),
+        source.weights, str(prepared.folder.path), _files_of(prepared.folder),
+        part, variant, prepared.fingerprint(part),
         {key: settings[key] for key in ("model", "prompt", "image")},
         settings["train"]["precision"], settings["train"]["seed"], settings["data"]["labels"],
         {key: settings["eval"][key] for key in ("answers", "max_new_tokens", "cascade")},
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _files_of(folder: hub.Folder) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change of a model's weights where they lie in a folder of somebody's own."""
+    files = sorted(folder.path.glob("*.safetensors")) if Path(folder.name).is_dir() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:

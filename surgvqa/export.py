@@ -152,11 +152,11 @@ def _from_recipe(file: Path, out: Path, split: Part | None, overrides: Sequence[
 
 def _from_run(folder: Path, out: Path, split: Part | None, overrides: Sequence[str]) -> Export:
     found = load_run(folder).evaluation(split)
-    settings = recipe.load(folder / "recipe.yaml", overrides)
+    settings = recipe.load(folder / "recipe.yaml", [*found.overrides, *overrides])
     answers = {prediction.id: prediction for prediction in found.predictions}
     if not answers:
         raise BadInput(f"{found.predictions_file}: holds no predictions")
-    part = split or settings.eval.final or "test"
+    part = split or found.split or settings.eval.final or "test"
     made = _export(out, folder.resolve().name, part, settings, answers, str(found.predictions_file))
     if settings.eval.answers == "labels":
         made.notes.append("The run's answers were chosen among labels (`eval.answers: labels`), not written.")

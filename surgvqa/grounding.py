@@ -379,6 +379,7 @@ def _unescaped(found: re.Match[str] | None) -> str:
     if found is None or found[1] is None:
         return "" if found is None else found[2].strip()
     try:
-        return str(json.loads(f'"{found[1]}"', strict=False)).strip()
+        text = str(json.loads(f'"{found[1]}"', strict=False)).strip()
+        return text.encode("utf-8", "backslashreplace").decode()  # half a character stays an escape
     except ValueError:  # an escape that is none, or one cut off
         return found[1].strip()

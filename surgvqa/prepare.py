@@ -96,7 +96,12 @@ class Prepared:
             return questions.shown(_shuffled(questions.examples, self.recipe.train.seed), None)
         if variant == "black":
             return questions.shown({}, _black)
-        return questions.shown({}, corrupt.parse(variant)[0]) if variant else questions
+        if not variant:
+            return questions
+        first, *others = corrupt.parse(variant)
+        if others or first.name != variant:
+            raise BadInput(f"variant {variant!r}: is not one corruption's name, such as {first.name}")
+        return questions.shown({}, first)
 
     def plan(self, questions: Questions, *, grow: bool = False) -> Plan:
         """The order of these questions. Raises BadInput naming every question that cannot fit; with `grow` a

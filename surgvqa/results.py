@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from surgvqa import datasets, recipe, scores
 from surgvqa.letterbox import read_rgb
@@ -63,22 +63,24 @@ class Evaluation:
         """
         import pandas as pd
 
-        if not isinstance(self.scores.get("overall"), dict):
-            raise BadInput(f"{self.scores_file}: holds no scores; run `surgvqa evaluate` again")
-        found = {"all": self.scores["overall"], **self.scores["by_type"]}
+        if self.scores.get("schema") != scores.SCHEMA:
+            raise BadInput(f"{self.scores_file}: holds no scores of this form; run `surgvqa evaluate` again")
+        found = [("all", self.scores["overall"]), *self.scores["by_type"].items()]
         rows = []
-        for row in found.values():
+        for _, row in found:
             low, high = row["intervals"].get("exact", (None, None))
             note = "; ".join(scores.MARKS[mark] for mark in scores.marks(row["few"], row["few_groups"]))
             rows.append((row["n"], row["exact"], low, high, row["prior"], note))
-        table = pd.DataFrame(rows, found, ["questions", "exact", "low", "high", "prior", "note"])
+        table = pd.DataFrame(
+            rows, [name for name, _ in found], ["questions", "exact", "low", "high", "prior", "note"]
+        )
         shares = ["exact", "low", "high", "prior"]
         table[shares] = 100 * table[shares].astype(float)
         return table
 
     @property
-    def split(self) -> str | None:
-        return self._text("split")
+    def split(self) -> Part | None:
+        return next((part for part in get_args(Part) if part == self.scores.get("split")), None)
 
     @property
     def checkpoint(self) -> str | None:
@@ -89,6 +91,12 @@ class Evaluation:
     def variant(self) -> str:
         """What was done to the images: "" nothing, `black`, `shuffle`, or a corruption such as `smoke:3`."""
         return self._text("variant") or ""
+
+    @property
+    def overrides(self) -> list[str]:
+        """Recipe keys that were changed for it, as `key=value`."""
+        told = self.scores.get("overrides")
+        return [word for word in told if isinstance(word, str)] if isinstance(told, list) else []
 
     @cached_property
     def predictions(self) -> list[Prediction]:

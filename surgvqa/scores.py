@@ -510,7 +510,7 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
             " – ".join(map(percent, row["intervals"].get("exact", ()))) or "-",
             percent(row["prior"]),
         )
-        for name, row in {"all": result["overall"], **result["by_type"]}.items()
+        for name, row in [("all", result["overall"]), *result["by_type"].items()]
     ]
 
 

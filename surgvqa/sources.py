@@ -6,11 +6,13 @@ a run's folder, a checkpoint's, or a model's name ── model_of ──▶ reci
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from surgvqa import checkpoint, recipe, results
@@ -45,9 +47,12 @@ class Source:
         names = results.file_names(part, self.settings.eval.final, name, variant)
         return self.run / names[0], self.run / names[1]
 
-    @property
+    @cached_property
     def weights(self) -> str | None:
-        """Digest of the checkpoint's manifest, which has those of all its files; None where there is none."""
+        """Digest of the checkpoint's manifest, which has those of all its files; None where there is none.
+
+        Of when this is first asked for: training that goes on deletes checkpoints that are being evaluated.
+        """
         if self.checkpoint is None:
             return None
         manifest = (self.checkpoint / checkpoint.MANIFEST).read_bytes()
@@ -69,16 +74,24 @@ def opened(
     folder = Path(source)
     settings, found = model_of(source, recipe_file, overrides)
     by_itself = found is not None and folder.resolve() == found.resolve()
+    if found is not None and by_itself:
+        found = found.resolve()  # `.` has neither a name nor parents
     if output is not None:
         run = Path(output)
     elif found is None:
         told = (folder / "recipe.yaml").is_file()  # an earlier evaluation's folder
         run = folder if told else Path(f"{settings.output.rstrip('/')}-{Path(source).name}")
     else:
-        run = folder.parent.parent if by_itself else folder
+        run = found.parent.parent if by_itself else folder
         if not (run / "recipe.yaml").is_file():
             raise BadInput(f"{folder} does not lie in a run's folder; say where the results go with --out")
-    return Source(settings, run, found, by_itself and output is None, tuple(overrides))
+    in_its_run = found is not None and _in_its_run(found, run)
+    return Source(settings, run, found, by_itself and in_its_run, tuple(overrides))
+
+
+def _in_its_run(found: Path, run: Path) -> bool:
+    """Whether a checkpoint is that of the run in a folder."""
+    return found.resolve().parent.parent == run.resolve()
 
 
 def model_of(
@@ -135,16 +148,24 @@ def model_of(
 def claim(source: Source, part: Part, variants: Sequence[str], examples: Sequence[Example]) -> None:
     """See that the results' folder is the run's own, or make it one for them.
 
-    Raises BadInput where another's results are there, or those on other data would replace others.
+    Raises BadInput where it cannot be written, where another's results are there, or where those on other
+    data or of another part would replace others.
     """
-    _claim_folder(source)
+    try:
+        _claim_folder(source)
+        if not os.access(source.run, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise BadInput(
+            f"{source.run} cannot hold results ({error.strerror}); choose another folder for them with --out"
+        ) from None
     _keep_others(source, part, variants, {example.id for example in examples})
 
 
 def _claim_folder(source: Source) -> None:
     run, told = source.run, source.run / "recipe.yaml"
     trained = (run / "checkpoints").exists()
-    if source.checkpoint and source.checkpoint.resolve().is_relative_to(run.resolve()):
+    if source.checkpoint and _in_its_run(source.checkpoint, run):
         return
     if trained or (run.is_dir() and any(run.iterdir()) and not told.is_file()):
         what = "holds another run" if trained else "holds other things"
@@ -172,11 +193,20 @@ def _claim_folder(source: Source) -> None:
 
 
 def _keep_others(source: Source, part: Part, variants: Sequence[str], ids: set[str]) -> None:
-    """Raise BadInput where results on other data (by `data.…` overrides) would replace others, or go."""
+    """Raise BadInput where results on other data (by `data.…` overrides), or on another part (by
+    `eval.final`), would replace others, or go."""
     for variant in variants:
         file, told = source.files(part, variant)
-        before = results.json_of(told).get("overrides", [])
-        other = [word for word in (*source.overrides, *before) if str(word).startswith("data.")]
+        before = results.json_of(told)
+        if file.is_file() and before.get("split", part) != part:
+            raise BadInput(
+                f"{file} holds answers to the {before['split']} part, whose place those to {part} would take "
+                f"(eval.final: {source.settings.eval.final or 'null'}); give --split, say where they go with "
+                "--out, or move the file away"
+            )
+        words = before.get("overrides")
+        words = words if isinstance(words, list) else []
+        other = [word for word in (*source.overrides, *words) if str(word).startswith("data.")]
         if other and file.is_file() and {row.get("id") for row in results.rows(file)} != ids:
             raise BadInput(
                 f"{file} holds answers to other questions ({other[0]}), whose place these would take; say "

@@ -16,7 +16,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from surgvqa import cli
-from surgvqa.comparison import compare, holm
+from surgvqa.comparison import compare, drawing, holm
 from surgvqa.intervals import draws
 from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput
@@ -126,6 +126,19 @@ def test_holm_is_that_of_statsmodels(seed: int) -> None:
     assert [found[name] for name in values] == pytest.approx(expected)
     assert "none" not in found
     assert holm({}) == {}
+
+
+def test_a_question_type_may_be_called_all(tmp_path: Path) -> None:
+    one, two = (answered(seed, skill, kinds=("all", "yes_no")) for seed, skill in ((1, 0.5), (2, 0.8)))
+    found = compare(write(tmp_path / "a", one), write(tmp_path / "b", two), resamples=100)
+    table = found.table().xs("exact", level="score")
+    assert [*zip(table.index, table["questions"], strict=True)] == [
+        ("all", 300), ("all", 150), ("yes_no", 150),
+    ]  # fmt: skip
+    assert [counted for counted in ("n = 300", "n = 150") if counted in drawing(found)] == [
+        "n = 300",
+        "n = 150",
+    ]
 
 
 def test_a_run_equals_itself(tmp_path: Path) -> None:

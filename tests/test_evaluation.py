@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import closed_sets, write_jsonl
+from conftest import FAMILIES, closed_sets, write_jsonl
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from surgvqa import cli, evaluation, processes, recipe, results, train
+from surgvqa import cli, evaluation, processes, recipe, results, sources, train
 from surgvqa.datasets import Region, in_context
+from surgvqa.decode import greedy
 from surgvqa.endings import NumericFailure, Preempted
 from surgvqa.evaluation import evaluate
+from surgvqa.model import base
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput
 from surgvqa.sources import opened
@@ -79,6 +82,7 @@ def test_a_run_a_checkpoint_and_its_copy_answer_alike(run: Path, tmp_path: Path)
     step = run / "checkpoints" / "step-000002"
     evaluate(step, "test")
     assert rows(run, "predictions.step-000002.jsonl") == rows(run)
+    assert opened(step, output=run).files("test", "") == opened(step).files("test", "")
     lone = Path(shutil.copytree(step, tmp_path / "elsewhere" / "adapter"))
     with pytest.raises(BadInput, match="say where the results go with --out"):
         opened(lone)
@@ -115,6 +119,50 @@ def test_a_published_model_is_evaluated_with_a_recipe(
     assert cli.main([*command, f"output={tmp_path / 'exp'}", "--split", "test"]) == 0  # again, into its own
     assert cli.main(["evaluate", str(folder), "--split", "test", "--ablate", "black"]) == 0
     assert len(results.load_run(folder).evaluations) == 2
+
+
+def test_a_checkpoint_may_be_named_from_where_it_lies(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = run / "checkpoints" / "step-000002"
+    for folder, name in [(step, "."), (step.parent, "step-000002"), (step, "../step-000002"), (run, step)]:
+        monkeypatch.chdir(folder)
+        predictions, scores = opened(name).files("test", "")
+        assert predictions == run.resolve() / "predictions.step-000002.jsonl"
+        assert scores == run.resolve() / "scores.step-000002.json"
+
+
+def test_a_folder_above_runs_is_no_runs_own(run: Path) -> None:
+    with pytest.raises(BadInput, match="holds other things; choose a folder of its own"):
+        evaluate(run, "test", output=run.parent)
+    assert not (run.parent / "predictions.jsonl").exists()
+
+
+def test_training_may_delete_a_checkpoint_that_is_being_evaluated(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, step = evaluation.answers_of, run / "checkpoints" / "step-000002"
+
+    def meanwhile(*given: Any) -> Any:
+        shutil.rmtree(step, ignore_errors=True)
+        return answers(*given)
+
+    source = opened(run)
+    monkeypatch.setattr(evaluation, "answers_of", meanwhile)
+    found = evaluation._evaluate(source, "test", ["", "black"])
+    assert not step.exists()
+    assert [each["checkpoint"] for each in found] == ["step-000002"] * 2
+    assert {each["manifest"] for each in found} == {source.weights}
+
+
+def test_results_go_where_they_can_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for out, said in [("file", "File exists"), ("file/within", "Not a directory")]:
+        with pytest.raises(BadInput, match=rf"{out} cannot hold results \({said}\); choose another folder"):
+            evaluate(run, "test", output=tmp_path / out)
+    monkeypatch.setattr(sources.os, "access", lambda *given: False)
+    with pytest.raises(BadInput, match=r"run cannot hold results \(Permission denied\)"):
+        evaluate(run, "test")
 
 
 def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> None:
@@ -202,13 +250,23 @@ def test_a_stopped_evaluation_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Preempted, match="the same command goes on"):
         evaluation._evaluate(source, "test", [""], stop)
     kept = rows(run, "predictions.jsonl.partial")
-    assert 0 < stop.asked == len(kept) - 1 < total
+    assert 0 < stop.asked == len(kept) < total
     with (run / "predictions.jsonl.partial").open("a") as file:
         file.write('{"id": "half a li')
     evaluation._evaluate(source, "test", [""])
     assert stop.asked == total
     assert (run / "predictions.jsonl").read_bytes() == expected
     assert not (run / "predictions.jsonl.partial").exists()
+
+
+def test_two_evaluations_at_once_do_not_take_each_others_answers(home: Path, tmp_path: Path) -> None:
+    _, prepared = prepared_of(home)
+    file, questions = tmp_path / "predictions.jsonl.partial", prepared.questions("test", asked=True)
+    one, two = (evaluation.Begun(file, of, questions) for of in ("one", "two"))
+    assert one.known() == two.known() == {}
+    one.keep({0: ("of one", None), 2: ("of one", None)})
+    two.keep({0: ("of two", None), 1: ("too", {"too": 1.0})})
+    assert two.known() == {0: ("of two", None), 1: ("too", {"too": 1.0})}
 
 
 def test_results_of_one_folder_are_of_one_model_and_one_recipe(home: Path, tmp_path: Path) -> None:
@@ -253,6 +311,27 @@ def test_answers_to_other_questions_are_not_taken(
     scores = evaluation._evaluate(opened(run, overrides=[word]), "test", [""])[0]
     assert again.asked == scores["overall"]["n"]
     assert scores["overrides"] == [word]
+
+
+def test_answers_of_a_folders_former_weights_are_not_taken(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["model.tune=full", "train.max_steps=1", f"output={tmp_path / 'full'}"]
+    step = train.train(recipe.load(home / "recipe.yaml", words)) / "checkpoints" / "step-000001"
+    model = tmp_path / "published"
+    model.mkdir()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for file in step.iterdir():
+        if file.name not in ("manifest.json", "state.json", "recipe.yaml", "optimizer.safetensors"):
+            shutil.copy(file, model)
+    stop: Any = Counted(monkeypatch, 2)
+    again = (opened(model, recipe_file=home / "recipe.yaml", output=tmp_path / "out"), "test", [""])
+    with pytest.raises(Preempted):
+        evaluation._evaluate(*again, stop)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 0.5 * value for name, value in weights.items()}, model / "model.safetensors")
+    counted = Counted(monkeypatch, 10**9)
+    assert evaluation._evaluate(*again)[0]["overall"]["n"] == counted.asked
 
 
 def test_answers_about_other_shuffled_pictures_are_not_taken(
@@ -347,6 +426,13 @@ def test_keys_that_are_for_training_are_told(run: Path, caplog: pytest.LogCaptur
     assert told.endswith(f"all {scored['overall']['n']} questions are asked")
 
 
+@pytest.mark.parametrize("variant", ["smoke", "smoke:1..5", " smoke:1"])
+def test_a_variant_is_a_single_corruption(home: Path, variant: str) -> None:
+    _, prepared = prepared_of(home)
+    with pytest.raises(BadInput, match="is not one corruption's name, such as smoke:1"):
+        prepared.varied(prepared.questions("test", asked=True), variant)
+
+
 # Cascade
 
 
@@ -438,6 +524,38 @@ def test_nan_is_no_answer(home: Path, words: list[str]) -> None:
         evaluation.predict(network, prepared, asked, accelerator=accelerator, compute=compute)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nan_behind_the_first_token_is_no_answer_either(home: Path, family: str) -> None:
+    """Of a word that no prompt holds but that the model begins with."""
+    accelerator, prepared = prepared_of(home, f"model.name={family}")
+    network, asked = prepared.network(), prepared.questions("test", asked=True)
+    questions = asked.pack([[number] for number in range(len(asked))], asked=True)
+    first = greedy(network, questions, stop_ids=prepared.chat.stop_ids, max_new_tokens=1)
+    words = base(network).get_input_embeddings().weight
+    own = torch.nn.Parameter(words.detach().clone())  # the output's stay as they are
+    damaged = sorted({token for answer in first for token in answer} - {*questions.ids.flatten().tolist()})
+    assert damaged
+    with torch.no_grad():
+        own[damaged] = math.nan
+    base(network).get_input_embeddings().weight = own
+    compute = processes.compute("fp32", "auto", accelerator.device)
+    with pytest.raises(NumericFailure, match="gives NaN where an answer should be"):
+        evaluation.predict(network, prepared, asked, accelerator=accelerator, compute=compute)
+
+
+def test_an_image_that_is_gone_is_told_to_all_processes(home: Path, tmp_path: Path) -> None:
+    accelerator, prepared = prepared_of(home)
+    asked = prepared.questions("test", asked=True)
+    last = asked.examples[-1]
+    gone = [replace(image, path=tmp_path / "gone.png") for image in last.images]
+    shown = asked.shown({last.image_key: gone}, None)
+    compute, left = processes.compute("fp32", "auto", accelerator.device), range(len(asked))
+    *_, failure = evaluation._by_chunks(prepared.network(), prepared, shown, left, accelerator, compute)
+    assert isinstance(failure, BadInput)
+    with pytest.raises(BadInput, match=last.images[0].key):
+        evaluation.predict(prepared.network(), prepared, shown, accelerator=accelerator, compute=compute)
+
+
 def test_scores_are_never_beside_other_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate(run, "test")
 
@@ -469,6 +587,14 @@ def test_answers_on_other_data_take_nobodys_place(run: Path, tmp_path: Path) -> 
     evaluate(
         run, "test", overrides=[f"data.path={recipe.load(run / 'recipe.yaml').data.path}"]
     )  # it may move
+
+
+def test_answers_to_another_part_take_nobodys_place(run: Path) -> None:
+    evaluate(run, overrides=["eval.final=test"])
+    with pytest.raises(BadInput, match=r"predictions\.jsonl holds answers to the test part, .* to val would"):
+        evaluate(run, overrides=["eval.final=val"])
+    evaluate(run, "val")
+    assert [each.split for each in results.load_run(run).evaluations] == ["test", "val"]
 
 
 def test_earlier_questions_have_their_boxes(home: Path) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -369,6 +370,22 @@ def test_what_the_run_did_not_answer(run: Path, tmp_path: Path) -> None:
         export.export(tmp_path / "run", "lmms-eval", tmp_path / "changed")
     with pytest.raises(BadInput, match="holds no predictions on val"):
         export.export(run, "lmms-eval", tmp_path / "other", "val")
+
+
+def test_what_an_evaluation_changed_holds_for_its_answers(run: Path, tmp_path: Path) -> None:
+    """Its prompts, and its part, whatever the run's recipe says by now."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    told = {"split": "test", "overrides": ["prompt.instructions.free=One word!", "eval.max_new_tokens=3"]}
+    (folder / "scores.json").write_text(json.dumps(told))
+    (folder / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace("final: test", "final: val")
+    )
+    made = export.export(folder, "lmms-eval", tmp_path / "task")
+    assert made.name == "surgvqa_run_test"
+    prompts = {row.prompt for row in made.rows if row.example.question_type == "free"}
+    assert prompts
+    assert all(prompt.endswith("\nOne word!") for prompt in prompts)
+    assert made.settings.eval.max_new_tokens == 3
 
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

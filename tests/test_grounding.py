@@ -169,9 +169,10 @@ def test_hostile_text_takes_no_longer_than_its_length(piece: str) -> None:
 def test_no_text_raises() -> None:
     rng = random.Random(1)
     pieces = [*HOSTILE, "\0", "polyp", "é", "]", "}", ")", '"', "\n", "NaN", "1e9", "0.5", "bbox_2d", "label"]
+    pieces += ['{"bbox_2d": [1, 2, 3, 4], "label": "\\ud83d"}']
     for _ in range(5000):
         text, regions = parse_answer("".join(rng.choices(pieces, k=rng.randrange(30))), rng.choice([1, 2]))
-        assert isinstance(text, str)
+        (text + "".join(region.label for region in regions)).encode()
         for region in regions:
             x1, y1, x2, y2 = region.box
             assert 0 <= x1 <= x2 <= SCALE

@@ -72,8 +72,11 @@ def test_the_scores_are_those_of_scores_json(tiny_run: Path, tmp_path: Path) -> 
         few == {kind for kind in table.index if "fewer than 20 questions" in table.loc[kind, "note"]} != set()
     )
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    (run / "scores.json").write_text('{"schema": 1, "overall": {"n": 2, "exact": 1, "prior": 0}}')
+    with pytest.raises(BadInput, match="holds no scores of this form; run `surgvqa evaluate` again"):
+        surgvqa.load_run(run).evaluation().scores_table()
     (run / "scores.json").unlink()
-    with pytest.raises(BadInput, match="holds no scores; run `surgvqa evaluate` again"):
+    with pytest.raises(BadInput, match="holds no scores of this form; run `surgvqa evaluate` again"):
         surgvqa.load_run(run).evaluation().scores_table()
 
 

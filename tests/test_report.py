@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -107,7 +108,11 @@ def test_blind_is_compared_in_pairs(runs: list[Path]) -> None:
     assert black.difference.interval[0] < lost < black.difference.interval[1]
 
 
-@pytest.mark.parametrize("more", [{"checkpoint": "step-000100"}, {"overrides": ["image.size=256"]}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{"checkpoint": "step-000100"}, {"overrides": ["image.size=256"]}, {"split": "val"}],
+    ids=str,
+)
 def test_other_pictures_count_only_where_all_else_is_the_same(
     data: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
@@ -117,8 +122,8 @@ def test_other_pictures_count_only_where_all_else_is_the_same(
     (entry,) = content.entries([run], None)
     assert [each.what for each in content.blind(entry)] == ["images of other questions"]
     assert "scores.black.json is left out" in entry.notes[0]
-    told = json.loads(file.read_text()) | {"checkpoint": "step-000200", "overrides": ["data.workers=1"]}
-    file.write_text(json.dumps(told))
+    same = {"split": "test", "checkpoint": "step-000200", "overrides": ["data.workers=1", "eval.final=test"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | same))
     assert len(content.entries([run], None)[0].variants) == 2
 
 
@@ -404,7 +409,7 @@ def test_charts() -> None:
     assert 'width="500"' in charts.bar(0.5)
 
 
-def test_markdown(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_markdown(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(runs[0]), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     told = json.loads((runs[0] / "scores.json").read_text())
@@ -423,6 +428,11 @@ def test_markdown(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].endswith("| exp1, % [95 %] | exp2, % [95 %] | exp2 − exp1 [95 %] | p |")
     assert len({line.count("|") - line.count("\\|") for line in lines if line.startswith("|")}) == 1
     assert lines[-1].endswith("after Holm over the types.")
+    odd = Path(shutil.copytree(runs[0], tmp_path / "a|b"))
+    assert cli.main(["report", str(odd), str(runs[1]), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| exp2 − a\\|b [95 %] | p |")
+    assert lines[1] == "|---|--:|--:|--:|--:|--:|--:|"
 
 
 def test_the_command(
@@ -572,6 +582,8 @@ def test_paging_keys_and_addresses(pages: dict[str, Path], browser: Browser) -> 
     browser.js("location.hash = '#v=right'")
     browser.until("document.getElementById('verdict').value === 'right'")
     assert all("✓" in card for card in cards(browser))
+    browser.open(pages["one"], "#v=constructor")
+    assert count(browser) == len(packed(pages["one"])["id"])
     browser.open(pages["one"], "#v=%22%3E&t=none&p=-7&g=%FF")
     assert browser.complaints == []
 

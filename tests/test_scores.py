@@ -25,6 +25,7 @@ from surgvqa.datasets import Example
 from surgvqa.intervals import bootstrap, draws
 from surgvqa.metrics import Prediction, Prior
 from surgvqa.recipe import BadInput
+from surgvqa.results import Evaluation
 from surgvqa.scores import CLASSES, Scored, legacy_iou, score
 
 LABELS = ["Grasping", "Idle", "Cutting", "suction", "Suction"]
@@ -85,6 +86,16 @@ def test_small_buckets_and_few_groups_are_marked() -> None:
     # Right or wrong in every group: no resample differs, so there is no interval.
     assert scores.table(result)[1][3] == "-"
     assert " – " in scores.table(result)[0][3]
+
+
+def test_a_question_type_may_be_called_all(tmp_path: Path) -> None:
+    made = [row(n, "a", "a" if n % 2 else "b", question_type="all" if n % 2 else "other") for n in range(40)]
+    result = score(made, NO_PRIOR, resamples=9)
+    assert [each[:3] for each in scores.table(result)] == [
+        ("all", "40", "50.0"), ("all", "20†", "100.0"), ("other", "20†", "0.0"),
+    ]  # fmt: skip
+    table = Evaluation(tmp_path / "p", tmp_path / "s", result).scores_table()
+    assert [*zip(table.index, table["questions"], strict=True)] == [("all", 40), ("all", 20), ("other", 20)]
 
 
 def test_groups_that_hold_several_images_are_told_apart() -> None:

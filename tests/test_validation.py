@@ -202,6 +202,15 @@ def test_a_metric_that_does_not_apply_is_found_before_the_model_loads(
     assert problem in " ".join(capsys.readouterr().out.split())
 
 
+def test_labels_may_be_written_otherwise_than_references(settings: Any) -> None:
+    """A reference `yes` beside a label `yes.` is chosen among the labels, and so has a probability."""
+    sets: dict[str, list[str]] = {}
+    for _, answers, kind in TOPICS:
+        sets[kind] = [*dict.fromkeys([*sets.get(kind, []), *(f"{answer}." for answer in answers)])]
+    words = ["eval.metric=ece", "eval.answers=labels", f"data.labels={json.dumps(sets)}"]
+    assert len(validation.Validation(prepare(settings(*words))).questions) == 6
+
+
 def test_the_smallest_loss_is_the_best_and_is_compared_with_its_like_alone(
     settings: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

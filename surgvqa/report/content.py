@@ -115,8 +115,7 @@ class Entry:
     @cached_property
     def settings(self) -> Recipe:
         """The recipe with what the evaluation changed."""
-        told = self.judged.scores.get("overrides", []) if self.judged else []
-        words = [word for word in told if isinstance(word, str)] if isinstance(told, list) else []
+        words = self.judged.overrides if self.judged else []
         try:
             return recipe.parse(self.run.recipe.dump(), words) if words else self.run.recipe
         except BadInput:
@@ -170,7 +169,7 @@ def entries(folders: Sequence[Path], split: str | None) -> list[Entry]:
             assert judged
             if judged.scores and _conditions(told) != _conditions(judged):
                 notes.append(
-                    f"{told.scores_file.name} is left out: it is of another checkpoint than "
+                    f"{told.scores_file.name} is left out: it is of another part or checkpoint than "
                     f"{judged.scores_file.name}, or by another recipe; evaluate again"
                 )
             else:
@@ -179,12 +178,12 @@ def entries(folders: Sequence[Path], split: str | None) -> list[Entry]:
     return found
 
 
-def _conditions(evaluation: Evaluation) -> tuple[str | None, list[Any]]:
-    """The checkpoint, and the overrides but for those that say how the work is done."""
-    words = evaluation.scores.get("overrides")
-    work = ("batch.", "data.workers=", "model.attn=")
-    kept = [word for word in words if not str(word).startswith(work)] if isinstance(words, list) else []
-    return evaluation.checkpoint, kept
+def _conditions(evaluation: Evaluation) -> tuple[str | None, str | None, list[str]]:
+    """The part, the checkpoint, and the overrides but for those that say how the work is done, or which part
+    a run is judged by, as `surgvqa submit` does."""
+    work = ("batch.", "data.workers=", "model.attn=", "eval.final=")
+    words = [word for word in evaluation.overrides if not word.startswith(work)]
+    return evaluation.split, evaluation.checkpoint, words
 
 
 def shown(name: str, value: float | None) -> str:
@@ -565,15 +564,16 @@ def table(judged: Sequence[Entry], compared: Sequence[Against]) -> Iterator[str]
     """Exact match with its intervals beside the prior as a table in GitHub's Markdown."""
     of_runs = [f"{_escaped(entry.name)}, % [95 %]" for entry in judged]
     of_changes = [
-        f"{_escaped(each.entry.name)} − {_escaped(judged[0].name)} [95 %] | p"
+        head
         for each in compared
         if each.overall
+        for head in (f"{_escaped(each.entry.name)} − {_escaped(judged[0].name)} [95 %]", "p")
     ]
     if len(judged) == 1:
         of_runs = ["Exact match, % [95 %]"]
     head = ["Questions", "n", "Prior, %", *of_runs, *of_changes]
     yield f"| {' | '.join(head)} |"
-    yield "|---" + "|--:" * (" | ".join(head).count("|")) + "|"
+    yield "|---" + "|--:" * (len(head) - 1) + "|"
     kinds = dict.fromkeys(kind for entry in judged if entry.scores for kind in entry.scores.by_type)
     marks = ""
     for kind in (None, *kinds):

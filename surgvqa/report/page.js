@@ -51,6 +51,7 @@
 
     const oks = (row) => runs.map((run) => run.ok[row]).filter((ok) => ok >= 0);
     const verdicts = {
+      __proto__: null,  // an address may name what every object has
       all: ["all", () => true],
       wrong: [several ? "wrong in a run" : "wrong", (row) => oks(row).includes(0)],
       right: [several ? "right in all" : "right", (row) => !oks(row).includes(0)],

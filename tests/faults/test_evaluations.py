@@ -48,7 +48,7 @@ class Evaluated(Hurt):
         return process
 
     def kept(self) -> int:
-        return max(0, len(results.rows(self.part)) - 1)
+        return len(results.rows(self.part))
 
 
 @pytest.mark.long

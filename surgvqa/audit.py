@@ -133,7 +133,7 @@ def _final(recipe: Recipe, dataset: Dataset) -> Iterator[Problem]:
 def _judged(recipe: Recipe, dataset: Dataset) -> Iterator[Problem]:
     """Questions that training cannot be judged by: there are none, or eval.metric does not apply to them."""
     settings = recipe.eval
-    examples = splits.drawn(dataset.part(settings.split), settings.questions, recipe.train.seed)
+    examples = splits.drawn(dataset.part(settings.split), settings.questions)
     if not examples:
         if dataset.examples:
             yield Problem(

@@ -6,8 +6,9 @@
         step-000200/                 adapter_model.safetensors or model.safetensors, tokenizer, processor,
                                      recipe.yaml, optimizer.safetensors, state.json, manifest.json
 
-state.json holds the step, a digest of the training data and, where it was evaluated, the score (the higher
-the better: a loss is made negative); and what scores are judged by: the metric, a digest of the questions.
+state.json holds the step, a digest of the training data and, where it was evaluated, the score with minus the
+loss (the larger the better: a metric that should be small is made negative); and what scores are judged by:
+the metric, a digest of the questions.
 
 The manifest holds size and SHA-256 of every other file. A folder counts only if all of them agree, and if it
 holds plain files alone, no pickles among them. What a killed run leaves is put in order at the next start;
@@ -47,6 +48,9 @@ log = logging.getLogger("surgvqa")
 MANIFEST, STATE = "manifest.json", "state.json"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """What such files hold could run code when it is read; we write none."""
+Score = tuple[float, float]
+"""The value that a checkpoint is judged by and, for equal ones, minus the loss: the larger the better."""
+UNSCORED: Score = (-math.inf, -math.inf)
 _NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 _OWN = re.compile(r"step-(\d{6,})\Z")
 _ASIDE = re.compile(r"\.tmp-(replaced-)?(step-\d{6,})\Z")
@@ -266,13 +270,14 @@ def remove_leftovers(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def score(folder: Path) -> float:
-    """What evaluation gave a checkpoint, from its state.json; minus infinity where it was not evaluated."""
+def score(folder: Path) -> Score:
+    """What evaluation gave a checkpoint, from its state.json; UNSCORED where it was not evaluated."""
     try:
-        value = json.loads((folder / STATE).read_text(encoding="utf-8")).get("score")
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else -math.inf
-    except (OSError, ValueError, AttributeError, RecursionError, OverflowError):
-        return -math.inf
+        value, nats = json.loads((folder / STATE).read_text(encoding="utf-8"))["score"]
+        found = float(value), float(nats)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        return UNSCORED
+    return found if all(map(math.isfinite, found)) else UNSCORED
 
 
 def judged(folder: Path) -> Any:
@@ -308,7 +313,7 @@ def best(root: Path, up_to: int | None = None) -> Path | None:
     scored = [
         folder
         for step, folder in steps(root)
-        if (up_to is None or step <= up_to) and score(folder) > -math.inf
+        if (up_to is None or step <= up_to) and score(folder) > UNSCORED
     ]
     comparable = [folder for folder in scored if judged(folder) == judged(scored[-1])]
     return max(comparable, key=score, default=None)

@@ -55,7 +55,7 @@ class Prepared:
     """What was found to fit; None before that is known."""
 
     def questions(self, part: Part, most: int | None = None, *, asked: bool = False) -> Questions:
-        """The questions of a part; with `most`, that many, drawn by the recipe's seed, see `splits.drawn`.
+        """The questions of a part; with `most`, that many, see `splits.drawn`.
 
         `asked`: to be answered as the recipe's `eval` says: with labels or without, in a cascade or not.
         Class weights are for training alone.
@@ -63,7 +63,7 @@ class Prepared:
         examples = self.dataset.part(part)
         if self.recipe.eval.cascade != "none" if asked else self.recipe.train.cascade:
             examples = datasets.in_context(examples, {each.id: each.answers[0].strip() for each in examples})
-        examples = splits.drawn(examples, most, self.recipe.train.seed)
+        examples = splits.drawn(examples, most)
         weights = self.answer_weights() if part == "train" and not asked else {}
         return self.posed(examples, asked=asked, weights=weights)
 

@@ -394,13 +394,14 @@ class Eval(_Section):
     split: Part = "val"
     """Part to evaluate during training."""
     questions: int | None = Field(None, ge=1)
-    """How many questions of it: a seeded choice in which every question type has its share, and at least one
-    where there is room; null: all."""
+    """How many questions of it: a choice, the same for every seed, in which every question type has its
+    share, and at least one where there is room; null: all."""
     metric: Metric = "exact"
     """What `keep_best` and `patience` compare: `loss` (of the reference answers, on the same questions) and
     `ece`, the smaller the better, or another score of docs/metrics.md that applies to the questions."""
     keep_best: bool = True
-    """Keep the best checkpoint, and use it for the final evaluation."""
+    """Keep the best checkpoint, of several with the same score that with the smallest loss, and use it for
+    the final evaluation."""
     patience: int | None = Field(None, ge=1)
     """Stop early: end the training after so many evaluations in a row without a new best; null: never."""
     final: Part | None = "test"

@@ -29,6 +29,7 @@ from surgvqa.endings import ENDED
 from surgvqa.lock import METRICS, Lock
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Eval, Log, Recipe
+from surgvqa.results import json_of
 from surgvqa.scores import percent
 from surgvqa.terminal import Console
 
@@ -70,7 +71,7 @@ class Resume:
 
     step: int
     folder: Path
-    best: float
+    best: checkpoint.Score
     """The best score so far, by what is now judged by."""
     stale: int
     """How many evaluations in a row had none better."""
@@ -162,8 +163,12 @@ def _foreign(run: Path) -> list[str]:
 
 @contextlib.contextmanager
 def owned(run: Path, accelerator: Accelerator) -> Iterator[list[str]]:
-    """Hold the run's folder, and leave in it how the run ended: in the words put into what this gives."""
+    """Hold the run's folder, and leave in it how the run ended: in the words put into what this gives.
+
+    A run that was done stays so where a start of it is refused.
+    """
     locks: list[Lock] = []
+    before = json_of(run / ENDED)
     main_first(accelerator, lambda: locks.append(claim(run)))
     code, reason, told = 1, "interrupted", list[str]()
     try:
@@ -177,6 +182,8 @@ def owned(run: Path, accelerator: Accelerator) -> Iterator[list[str]]:
         raise error
     finally:
         if accelerator.is_main_process:
+            if code == BadInput.exit_code and before.get("code") == 0:
+                code, reason = 0, str(before.get("reason"))
             end(run, code, reason)
             locks[0].release()
 
@@ -273,7 +280,7 @@ def resumable(
     return Resume(
         step,
         folder,
-        checkpoint.score(top) if top and checkpoint.judged(top) == judged else -math.inf,
+        checkpoint.score(top) if top and checkpoint.judged(top) == judged else checkpoint.UNSCORED,
         state.stale if state.judged == judged else 0,
         state.skipped,
         state.settled,

@@ -134,7 +134,7 @@ def _train(
     fingerprint = prepared.fingerprint()
     judged = validation.judged if validation else None
     resume = main_first(accelerator, lambda: resumable(run, settings, fingerprint, accept_changes, judged))
-    start, best, stale = (resume.step, resume.best, resume.stale) if resume else (0, -math.inf, 0)
+    start, best, stale = (resume.step, resume.best, resume.stale) if resume else (0, checkpoint.UNSCORED, 0)
     evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
     main_first(accelerator, lambda: _room(prepared, start, total, evaluate_every, resume))
     # A run that goes on has all it needs in its own checkpoints.
@@ -183,7 +183,7 @@ def _train(
 
     saved = start
 
-    def save(step: int, score: float | None, settled: bool) -> None:
+    def save(step: int, score: checkpoint.Score | None, settled: bool) -> None:
         """`settled`: whether the evaluation that was due at this step was made."""
         state = {
             "step": step,
@@ -209,7 +209,7 @@ def _train(
     def settle(step: int) -> None:
         """Evaluate and save after a step, where it is time for either."""
         nonlocal best, stale, saved
-        score: float | None = None
+        score: checkpoint.Score | None = None
         improved = False
         if validation and (step % evaluate_every == 0 or step == total):
             found = validation.look(tree_loss, prepared, accelerator=accelerator, compute=compute, stop=stop)

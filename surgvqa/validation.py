@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from PIL.Image import Image
 
-from surgvqa import evaluation, pictures, scores
+from surgvqa import checkpoint, evaluation, pictures, scores
 from surgvqa.endings import Stop
 from surgvqa.loss import TreeLoss
 from surgvqa.prepare import Prepared
@@ -30,8 +30,8 @@ class Look:
 
     row: dict[str, Any]
     """`loss`, and what `scores.values` gives."""
-    score: float | None
-    """The value of the recipe's eval.metric, the larger the better; None where it is not defined."""
+    score: checkpoint.Score | None
+    """None where the recipe's eval.metric is not defined, or the loss is not finite."""
     picture: Image | None
     """On the main process."""
 
@@ -69,8 +69,9 @@ class Validation:
             return {"loss": nats if math.isfinite(nats) else None, **scores.values(answers, self.prior)}
 
         row = main_first(accelerator, judge)
-        value = row.get(self.settings.metric)
-        score = -value if value is not None and self.settings.metric in SMALLER_IS_BETTER else value
+        value, score = row.get(self.settings.metric), None
+        if value is not None and row["loss"] is not None:
+            score = (-value if self.settings.metric in SMALLER_IS_BETTER else value), -row["loss"]
         return Look(row, score, drawn[0] if drawn else None)
 
     @functools.cached_property

@@ -20,7 +20,9 @@ def saved(root: Path, *steps: int, keep: int = 2, score: float | None = None) ->
     for step in steps:
         with checkpoint.writing(root, step, keep=keep) as folder:
             (folder / "weights").write_bytes(os.urandom(5000))
-            (folder / "state.json").write_text(json.dumps({"step": step, "score": score}), encoding="utf-8")
+            (folder / "state.json").write_text(
+                json.dumps({"step": step, "score": score and (score, -1)}), encoding="utf-8"
+            )
     return sorted(folder.name for folder in root.iterdir() if folder.is_dir())
 
 
@@ -32,7 +34,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
     assert saved(tmp_path, 3, score=0.5) == ["step-000002", "step-000003"]
     assert saved(tmp_path, 4, 5, score=0.4) == ["step-000002", "step-000004", "step-000005"]
     assert checkpoint.best(tmp_path) == tmp_path / "step-000002"
-    assert checkpoint.score(tmp_path / "step-000002") == 0.5
+    assert checkpoint.score(tmp_path / "step-000002") == (0.5, -1)
     assert saved(tmp_path, 6, score=0.6) == ["step-000005", "step-000006"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,19 +112,17 @@ def ids(examples: Sequence[Example]) -> set[str]:
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 7, 50, 100, 219])
 def test_a_choice_has_each_types_share(most: int) -> None:
     examples = asked_of(100, "abZ")  # 100, 100 and 10
-    chosen = splits.drawn(examples, most, 0)
+    chosen = splits.drawn(examples, most)
     counts = Counter(example.question_type for example in chosen)
     assert len(ids(chosen)) == len(chosen) == min(most, 210)
     for kind, there in (("a", 100), ("b", 100), ("Z", 10)):
         assert abs(counts[kind] - min(most, 210) * there / 210) < 1
     assert most < 3 or min(counts[kind] for kind in "abZ") >= 1
     # Neither the order of rows nor more than the needed images.
-    assert ids(splits.drawn(examples[::-1], most, 0)) == ids(chosen)
+    assert ids(splits.drawn(examples[::-1], most)) == ids(chosen)
     assert [example for example in examples if example in chosen] == chosen
     images = {example.image_key for example in chosen}
     assert len(images) <= max(counts["a"], counts["b"]) + counts["Z"]
-    if 4 <= most < 210:
-        assert ids(splits.drawn(examples, most, 1)) != ids(chosen)
 
 
 def test_shares_by_the_largest_remainder() -> None:
@@ -221,11 +218,11 @@ def test_the_smallest_loss_is_the_best_and_is_compared_with_its_like_alone(
     assert "step 4: val loss 1.0000, exact 0.0 % of 6 (prior " in capsys.readouterr().out
     best = checkpoint.best(run / "checkpoints")
     assert best == run / "checkpoints/step-000004"
-    assert checkpoint.score(best) == -1.0
+    assert checkpoint.score(best) == (-1.0, -1.0)
     assert [row["loss"] for row in rows(run / "eval.jsonl")] == [3.0, 1.0, 2.0]
     assert slurm.look(run, {}).best == "val loss 1.0000 at step 4"
 
-    def known(*changes: str) -> tuple[float, int]:
+    def known(*changes: str) -> tuple[checkpoint.Score, int]:
         prepared = prepare(settings(*words, *changes))
         judged = validation.Validation(prepared).judged
         found = resumable(run, prepared.recipe, prepared.fingerprint(), accept_changes=True, judged=judged)
@@ -233,18 +230,47 @@ def test_the_smallest_loss_is_the_best_and_is_compared_with_its_like_alone(
         return found.best, found.stale
 
     same = known("checkpoint.every=1", "eval.patience=2", "eval.keep_best=true", "image.augment=endoscopy")
-    assert known() == same == (-1.0, 1)
+    assert known() == same == ((-1.0, -1.0), 1)
     for change in (
         "eval.metric=exact", "eval.questions=5", "eval.split=test", "eval.max_new_tokens=3",
         "prompt.system=Look!", "image.size=64", "loss.per=question",
     ):  # fmt: skip
-        assert known(change) == (-math.inf, 0), change
+        assert known(change) == (checkpoint.UNSCORED, 0), change
+
+
+def test_of_equal_scores_that_of_the_smallest_loss_is_best(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(evaluation, "loss_of_part", lambda *_, **__: next(told))
+    run = train.train(settings("train.max_steps=6", "eval.final=null"))
+    assert len({row["exact"] for row in rows(run / "eval.jsonl")}) == 1
+    assert checkpoint.best(run / "checkpoints") == run / "checkpoints/step-000004"
+
+
+def test_runs_of_other_seeds_are_judged_by_the_same_questions(settings: Any) -> None:
+    asked = [
+        validation.Validation(prepare(settings(f"train.seed={seed}"))).questions.examples for seed in (0, 1)
+    ]
+    assert ids(asked[0]) == ids(asked[1])
+    assert len(asked[0]) == 6
+
+
+def test_a_run_that_is_done_stays_so_where_a_start_is_refused(settings: Any) -> None:
+    words = ["train.max_steps=2", "eval.every=null", "eval.final=null"]
+    run = train.train(settings(*words))
+    with pytest.raises(BadInput, match=r"train\.lr"):
+        train.train(settings(*words, "train.lr=0.5"))
+    assert json.loads((run / "ended.json").read_text(encoding="utf-8"))["name"] == "done"
+    with pytest.raises(BadInput, match="no such"):
+        train.train(settings(*words, f"output={run}2", "eval.final=test", "data.path=no such.jsonl"))
+    assert json.loads((Path(f"{run}2") / "ended.json").read_text(encoding="utf-8"))["name"] == "bad input"
 
 
 def test_scores_by_another_metric_are_not_compared(tmp_path: Path) -> None:
     def save(step: int, score: float | None, metric: str) -> None:
         with checkpoint.writing(tmp_path, step, keep=9) as folder:
-            state = {"step": step, "score": score, "judged": {"metric": metric}}
+            state = {"step": step, "score": score and (score, -1), "judged": {"metric": metric}}
             checkpoint.write_json(folder / checkpoint.STATE, state)
 
     save(1, 0.9, "exact")

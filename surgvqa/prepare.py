@@ -330,14 +330,25 @@ def _black(picture: Image.Image, key: str) -> Image.Image:
 def _shuffled(examples: Sequence[datasets.Example], seed: int) -> dict[str, Sequence[datasets.ImageRef]]:
     """For the images of each question (by `image_key`) as many of another, drawn by the seed.
 
-    They are of another group (video) wherever no group has more than half of them. Raises BadInput where
-    there are no others.
+    They are of another group (video) wherever no group has more than half of them; questions that share an
+    image are of one group. Raises BadInput where there are no others.
     """
     known = {example.image_key: example for example in examples}
     if len(known) < 2:
         raise BadInput("shuffle: all questions are about the same image; there is no other to show")
     drawn = np.random.Generator(np.random.PCG64(seed)).permutation(sorted(known)).tolist()
-    group = {key: example.group or key for key, example in known.items()}
+    parent: dict[str, str] = {}
+
+    def first(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for key, example in known.items():
+        for image in example.images:
+            parent[first(image.key)] = first(example.group or key)
+    group = {key: first(example.group or key) for key, example in known.items()}
     # Groups lie together, so a step as long as the longest leads out of each.
     order = sorted(drawn, key=lambda key: group[key])
     longest = max(Counter(group.values()).values())

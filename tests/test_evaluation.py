@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from surgvqa import cli, evaluation, processes, recipe, results, sources, train
-from surgvqa.datasets import Region, in_context
+from surgvqa import prepare as preparation
+from surgvqa.datasets import Example, ImageRef, Region, in_context
 from surgvqa.decode import greedy
 from surgvqa.endings import NumericFailure, Preempted
 from surgvqa.evaluation import evaluate
@@ -395,6 +396,22 @@ def test_shuffled_pictures_are_of_other_videos(home: Path) -> None:
         picture = picture.resize((canvas.width, canvas.height), Image.Resampling.BICUBIC)
         seen = prepared.varied(questions, "shuffle").tree([number]).patches
         assert np.array_equal(seen, prepared.chat.patches(picture))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shuffled_pictures_are_of_no_question_about_the_same(seed: int) -> None:
+    clips = ["aa", "ab", "ba", "c", "a", "def", "g", "h", "ij", "jk"]
+    asked = [
+        Example(str(number), tuple(ImageRef(name) for name in clip), "Q?", ("yes",))
+        for number, clip in enumerate(clips)
+    ]
+    instead = preparation._shuffled(asked, seed)
+    for example in asked:
+        others = instead[example.image_key]
+        assert len(others) == len(example.images)
+        together = "ab", "def", "ijk"
+        own = next((each for each in together if example.images[0].key in each), example.images[0].key)
+        assert not any(other.key in own for other in others), (example.image_key, others)
 
 
 def test_there_must_be_another_picture(home: Path) -> None:

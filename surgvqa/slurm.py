@@ -7,6 +7,7 @@ ended, for the batch script.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 import shutil
@@ -301,8 +302,13 @@ def _best(folder: Path) -> str:
     metric = settings.eval.metric if settings else "exact"
     known = [row for row in rows(folder / "eval.jsonl") if number(row.get(metric)) is not None]
     if known:
-        pick = min if metric in recipe.SMALLER_IS_BETTER else max
-        top = pick(known, key=lambda row: float(row[metric]))
+        sign = -1 if metric in recipe.SMALLER_IS_BETTER else 1
+
+        def place(row: dict[str, Any]) -> tuple[float, float]:
+            loss = number(row.get("loss"))
+            return sign * float(row[metric]), -math.inf if loss is None else -loss
+
+        top = max(known, key=place)
         value = f"{top[metric]:.1%}" if metric == "exact" else f"{metric} {top[metric]:.4f}"
         told.append(f"{top.get('split', 'val')} {value} at step {top.get('step', '?')}")
     return ", ".join(told)

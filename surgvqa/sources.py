@@ -122,9 +122,10 @@ def model_of(
             return recipe.load(told, overrides), None
         chosen = checkpoint.chosen(folder)
         return checkpoint.recipe_of(chosen, overrides), chosen
-    there = [] if folder.exists() else [path.name for _, path in checkpoint.steps(folder.parent)]
-    if there:
-        raise BadInput(f"{source}: no such checkpoint; {folder.parent} has {', '.join(there)}")
+    if not folder.exists() and len(folder.parts) > 1:
+        there = sorted(file.parent.name for file in folder.parent.glob("*/recipe.yaml"))
+        if there:
+            raise BadInput(f"{source}: no such run or checkpoint; {folder.parent} has {', '.join(there)}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise BadInput(f"{source} holds neither a run nor a checkpoint, and no model (no config.json)")
     if recipe_file is None and otherwise is None:

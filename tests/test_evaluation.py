@@ -169,8 +169,12 @@ def test_results_go_where_they_can_be_written(
 def test_what_is_no_source_is_told(home: Path, run: Path, tmp_path: Path) -> None:
     recipe_file = home / "recipe.yaml"
     for source, said in [
-        (tmp_path / "none", r"is no run's folder; to evaluate a model as it was published, name the data"),
-        (run / "checkpoints" / "step-000400", r"no such checkpoint; .*checkpoints has step-000002"),
+        (
+            tmp_path / "no" / "model",
+            r"is no run's folder; to evaluate a model as it was published, name the data",
+        ),
+        (run / "checkpoints" / "step-000400", r"no such run or checkpoint; .*checkpoints has step-000002"),
+        (tmp_path / "rum", r"rum: no such run or checkpoint; .* has run$"),
     ]:
         with pytest.raises(BadInput, match=said):
             opened(source)

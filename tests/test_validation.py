@@ -246,6 +246,7 @@ def test_of_equal_scores_that_of_the_smallest_loss_is_best(
     run = train.train(settings("train.max_steps=6", "eval.final=null"))
     assert len({row["exact"] for row in rows(run / "eval.jsonl")}) == 1
     assert checkpoint.best(run / "checkpoints") == run / "checkpoints/step-000004"
+    assert slurm.look(run, {}).best == "val 0.0% at step 4"
 
 
 def test_runs_of_other_seeds_are_judged_by_the_same_questions(settings: Any) -> None:

@@ -22,6 +22,8 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from surgvqa import corrupt, datasets, hub, letterbox, model
 from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
@@ -337,18 +339,7 @@ def _shuffled(examples: Sequence[datasets.Example], seed: int) -> dict[str, Sequ
     if len(known) < 2:
         raise BadInput("shuffle: all questions are about the same image; there is no other to show")
     drawn = np.random.Generator(np.random.PCG64(seed)).permutation(sorted(known)).tolist()
-    parent: dict[str, str] = {}
-
-    def first(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for key, example in known.items():
-        for image in example.images:
-            parent[first(image.key)] = first(example.group or key)
-    group = {key: first(example.group or key) for key, example in known.items()}
+    group = _joined({key: known[key] for key in sorted(known)})
     # Groups lie together, so a step as long as the longest leads out of each.
     order = sorted(drawn, key=lambda key: group[key])
     longest = max(Counter(group.values()).values())
@@ -357,6 +348,26 @@ def _shuffled(examples: Sequence[datasets.Example], seed: int) -> dict[str, Sequ
     return {
         key: [image for image, _ in zip(itertools.cycle(known[other].images), known[key].images)]
         for key, other in others.items()
+    }
+
+
+def _joined(known: Mapping[str, datasets.Example]) -> dict[str, str]:
+    """`image_key` → the name of its group, one for all groups that share images."""
+    node: dict[tuple[str, str], int] = {}
+    edges = [
+        [
+            node.setdefault(("group", example.group or key), len(node)),
+            node.setdefault(("", image.key), len(node)),
+        ]
+        for key, example in known.items()
+        for image in example.images
+    ]
+    graph = coo_array((np.ones(len(edges)), np.transpose(edges)), shape=(len(node), len(node)))
+    _, part = connected_components(graph, directed=False)
+    names: dict[int, str] = {}
+    return {
+        key: names.setdefault(part[node["group", example.group or key]], example.group or key)
+        for key, example in known.items()
     }
 
 

@@ -351,9 +351,10 @@ def _files_of(folder: hub.Folder) -> list[tuple[str, int, int]]:
 
 
 def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:
+    trained = f" by {result['checkpoint']}" if "checkpoint" in result else ""
     variant = f", images: {result['variant']}" if "variant" in result else ""
     table = Table(
-        title=f"exact match on {result['split']}{variant}",
+        title=f"exact match on {result['split']}{trained}{variant}",
         caption="prior: each question's most frequent answer in train",
     )
     table.add_column("question type")

@@ -430,7 +430,7 @@ def test_variants_are_evaluated_beside_the_run(run: Path, capsys: pytest.Capture
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     for title in ("images: black", "images: noise:1", "images: noise:2"):
-        assert f"exact match on test, {title}" in " ".join(printed.split())
+        assert f"exact match on test by step-000002, {title}" in " ".join(printed.split())
     found = results.load_run(run)
     assert {each.variant for each in found.evaluations} == {"black", "noise:1", "noise:2"}
     assert found.evaluation("test", "noise:2").scores["variant"] == "noise:2"

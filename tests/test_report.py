@@ -127,6 +127,12 @@ def test_other_pictures_count_only_where_all_else_is_the_same(
     assert len(content.entries([run], None)[0].variants) == 2
 
 
+def test_the_legend_of_corruptions_names_the_runs_that_have_them(pages: dict[str, Path]) -> None:
+    page = pages["two"].read_text(encoding="utf-8")
+    (legend,) = re.findall(r'<section id="robustness">.*?<p class="legend">(.*?)</p>', page, re.DOTALL)
+    assert re.findall(r"</i>([^<]*)</span>", legend) == ["exp1"]
+
+
 def test_runs_side_by_side(runs: list[Path], pages: dict[str, Path]) -> None:
     first, second = (json.loads((run / "scores.json").read_text())["overall"] for run in runs)
     text = texts(pages["two"])

@@ -122,6 +122,11 @@ class Entry:
             return self.run.recipe
 
     @property
+    def corrupted(self) -> bool:
+        """Whether it was also evaluated on corrupted images."""
+        return any(":" in variant for variant in self.variants)
+
+    @property
     def model(self) -> str:
         revision = self.run.recipe.model.revision
         return self.run.recipe.model.name + (f" at {revision}" if revision else "")

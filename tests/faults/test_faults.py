@@ -125,9 +125,9 @@ def test_the_number_of_processes_may_change(hurt: Make, reference: Path) -> None
 @pytest.mark.fault("F13")
 def test_a_process_that_is_gone_or_stuck(hurt: Make, reference: Path, how: signal.Signals) -> None:
     """F13: the other one ends within the timeout, and says which it was."""
-    run = hurt(f"peer-{how.name}")
+    run = hurt(f"peer-{how.name}", pause=0.3)
     process = run.start(TWO, "train.peer_timeout=8")
-    run.until(lambda: run.steps() >= 4)
+    run.until(lambda: run.steps() >= 10)  # seconds after the first one, so that it has told of some
     victim = run.ranks()[1]
     lost = f"process 1 (pid {victim} on"
     began = time.monotonic()

@@ -341,8 +341,9 @@ def _unseen(facts: Mapping[str, ImageFacts]) -> Iterator[str]:
         yield "near-identical images were not looked for; for that: pip install 'surgvqa[audit]'"
 
 
-def report(problems: Iterable[Problem]) -> str:
-    """The problems as text: errors first, each on one line, and a last line with how many there are."""
+def report(problems: Iterable[Problem], name: str = "") -> str:
+    """The problems as text: errors first, each on one line, and a last line with how many there are, behind
+    the name of what has them."""
     ordered = sorted(problems, key=lambda problem: problem.warning)
     lines = [
         f"{kind}: {line}"
@@ -351,7 +352,7 @@ def report(problems: Iterable[Problem]) -> str:
     ]
     warnings = sum(problem.warning for problem in ordered)
     counts = f"{_count(len(ordered) - warnings, 'error')}, {_count(warnings, 'warning')}"
-    return "\n".join([*lines, counts])
+    return "\n".join([*lines, f"{name}: {counts}" if name else counts])
 
 
 _NAMES = re.compile(r"'[^']*'|\"[^\"]*\"")

@@ -70,8 +70,7 @@ def _check(file: str, overrides: Sequence[str], out: Path, headers: bool) -> int
     console.print(found.table())
     for line in (*found.lines(), f"written: {written[0]}, {written[1]}"):
         console.print(line, soft_wrap=True, highlight=False)
-    *problems, counts = found.report().split("\n")
-    print(*problems, f"{file}: {counts}", sep="\n")
+    print(found.report())
     return BadInput.exit_code if found.failed else code
 
 

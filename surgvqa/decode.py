@@ -54,11 +54,12 @@ def greedy(
     sees[:, :tokens] = _visible_from(pack)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         cache = DynamicCache(config=qwen.config.text_config)
-        logits = _sane(qwen.lm_head(hidden_states(model, pack, attn, cache)[pack.ends]))
+        logits = qwen.lm_head(hidden_states(model, pack, attn, cache)[pack.ends])
         position = pack.positions[0, 0, pack.ends]
         cached = tokens
         for step in range(max_new_tokens):
             new = logits.argmax(-1)
+            _refuse_nan(logits.gather(-1, new[:, None]))
             going = torch.isin(new, stops, invert=True).nonzero()[:, 0]
             if not len(going):
                 break
@@ -74,7 +75,7 @@ def greedy(
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state
-                logits = _sane(qwen.lm_head(hidden[0]))
+                logits = qwen.lm_head(hidden[0])
     return [[token for token in answer if token >= 0] for answer in said.tolist()]
 
 
@@ -102,16 +103,15 @@ def log_probabilities(
             here = ((pack.pick >= start) & (pack.pick < start + _ROWS)).nonzero()[:, 0]
             row = pack.pick[here] - start
             found[here] = logits[row, pack.targets[here]] - logits.logsumexp(-1)[row]
-    _sane(found)
+    _refuse_nan(found)
     each = torch.split(found.double().cpu(), pack.answers.tolist())
     return torch.stack([nats.sum() for nats in each])
 
 
-def _sane(numbers: Tensor) -> Tensor:
-    """Of NaN the largest would be some token, and look like an answer."""
+def _refuse_nan(numbers: Tensor) -> None:
+    """NaN counts as the largest: its token would look like an answer."""
     if torch.isnan(numbers).any():
         raise NumericFailure(
             "the model gives NaN where an answer should be: its weights are damaged, or its numbers too "
             "large for the precision it runs in; train.precision=fp32 tells which"
         )
-    return numbers

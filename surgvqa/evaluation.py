@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,12 +46,6 @@ _TREES_AT_ONCE = 16
 whether to stop."""
 
 ABLATIONS = ("black", "shuffle")
-
-_OF_TRAINING = re.compile(
-    r"(train\.(?!precision|seed|peer_timeout)|loss\.|checkpoint\.|log\."
-    r"|eval\.(every|split|questions|metric|keep_best|patience)\b)"
-)
-"""Keys that say nothing to an evaluation by itself."""
 
 Probabilities = dict[str, float] | None
 """Label → probability among the labels; None where the model wrote its answer."""
@@ -422,9 +415,9 @@ def _evaluated(
         prepared.varied(questions, variant)  # finds what cannot be done, too
     main_first(accelerator, lambda: claim(source, part, variants, questions.examples))
     if main:
-        if unread := [word for word in source.overrides if _OF_TRAINING.match(word)]:
-            asked = f"all {len(questions.examples):,} questions are asked"
-            log.warning("warning: %s: is for training and changes nothing here; %s", ", ".join(unread), asked)
+        if source.unread:
+            words, asked = ", ".join(source.unread), f"all {len(questions):,} questions are asked"
+            log.warning("warning: %s: is for training and changes nothing here; %s", words, asked)
         for warning in condensed(replace(p, what=f"{p.what}; left out") for p in prepared.skipped):
             log.warning("warning: %s", warning)
     network = prepared.network(source.checkpoint) if source.checkpoint else prepared.published()

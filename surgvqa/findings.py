@@ -91,7 +91,7 @@ class Findings:
         yield from (f"not looked at: {note}" for note in content["notes"])
 
     def report(self) -> str:
-        return report(self.problems)
+        return report(self.problems, self.content["recipe"])
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write audit.json and audit.html. Raises BadInput where the folder cannot be written."""

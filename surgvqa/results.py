@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from surgvqa import datasets, recipe, scores
 from surgvqa.letterbox import read_rgb
 from surgvqa.metrics import Prediction, exact
-from surgvqa.recipe import BadInput, Part, Recipe
+from surgvqa.recipe import SMALLER_IS_BETTER, BadInput, Part, Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,8 +95,7 @@ class Evaluation:
     @property
     def overrides(self) -> list[str]:
         """Recipe keys that were changed for it, as `key=value`."""
-        told = self.scores.get("overrides")
-        return [word for word in told if isinstance(word, str)] if isinstance(told, list) else []
+        return overrides(self.scores)
 
     @cached_property
     def predictions(self) -> list[Prediction]:
@@ -238,6 +237,21 @@ def rows(file: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             found.append(row)
     return found
+
+
+def overrides(scores: Mapping[str, Any]) -> list[str]:
+    """Recipe keys that were changed for an evaluation, as its scores.json records them."""
+    told = scores.get("overrides")
+    return [word for word in told if isinstance(word, str)] if isinstance(told, list) else []
+
+
+def standing(row: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    """A row of eval.jsonl among others, the larger the better: its value of the metric and, for equal ones,
+    minus its loss (minus infinity where it has none). None where it has no such value."""
+    value, loss = number(row.get(metric)), number(row.get("loss"))
+    if value is None:
+        return None
+    return (-value if metric in SMALLER_IS_BETTER else value), -math.inf if loss is None else -loss
 
 
 def number(value: object) -> float | None:

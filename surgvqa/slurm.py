@@ -7,7 +7,6 @@ ended, for the batch script.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import shlex
 import shutil
@@ -23,7 +22,7 @@ from surgvqa import lock, recipe
 from surgvqa.endings import ENDED
 from surgvqa.lock import METRICS
 from surgvqa.recipe import BadInput
-from surgvqa.results import json_of, number, rows
+from surgvqa.results import json_of, number, rows, standing
 
 TRAIN, EVALUATE = Path("slurm/train.sbatch"), Path("slurm/evaluate.sbatch")
 PASSED_ON = ("time", "partition", "account", "qos", "mem", "cpus-per-task", "signal")
@@ -300,15 +299,9 @@ def _best(folder: Path) -> str:
         told.append(f"{scores.get('split', 'final')} {exact:.1%}")
     settings = _recipe(folder)
     metric = settings.eval.metric if settings else "exact"
-    known = [row for row in rows(folder / "eval.jsonl") if number(row.get(metric)) is not None]
+    known = [(place, row) for row in rows(folder / "eval.jsonl") if (place := standing(row, metric))]
     if known:
-        sign = -1 if metric in recipe.SMALLER_IS_BETTER else 1
-
-        def place(row: dict[str, Any]) -> tuple[float, float]:
-            loss = number(row.get("loss"))
-            return sign * float(row[metric]), -math.inf if loss is None else -loss
-
-        top = max(known, key=place)
+        _, top = max(known, key=lambda pair: pair[0])
         value = f"{top[metric]:.1%}" if metric == "exact" else f"{metric} {top[metric]:.4f}"
         told.append(f"{top.get('split', 'val')} {value} at step {top.get('step', '?')}")
     return ", ".join(told)

@@ -25,6 +25,8 @@ _DECIDING = (
 )  # fmt: skip
 """Keys, or sections, that decide what is asked and what the answers to it are; of the data not how many
 workers read them."""
+_OF_TRAINING = ("train.", "loss.", "checkpoint.", "log.", "eval.")
+"""Sections of which an evaluation reads what decides, and `train.peer_timeout`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ class Source:
         name = self.checkpoint.name if self.checkpoint and self.by_itself else None
         names = results.file_names(part, self.settings.eval.final, name, variant)
         return self.run / names[0], self.run / names[1]
+
+    @property
+    def unread(self) -> list[str]:
+        """Overrides that are for training alone."""
+        read = (*_DECIDING, "train.peer_timeout:")
+        return [
+            word
+            for word in self.overrides
+            if word.startswith(_OF_TRAINING) and not f"{word.partition('=')[0]}:".startswith(read)
+        ]
 
     @cached_property
     def weights(self) -> str | None:
@@ -205,9 +217,8 @@ def _keep_others(source: Source, part: Part, variants: Sequence[str], ids: set[s
                 f"(eval.final: {source.settings.eval.final or 'null'}); give --split, say where they go with "
                 "--out, or move the file away"
             )
-        words = before.get("overrides")
-        words = words if isinstance(words, list) else []
-        other = [word for word in (*source.overrides, *words) if str(word).startswith("data.")]
+        words = (*source.overrides, *results.overrides(before))
+        other = [word for word in words if word.startswith("data.")]
         if other and file.is_file() and {row.get("id") for row in results.rows(file)} != ids:
             raise BadInput(
                 f"{file} holds answers to other questions ({other[0]}), whose place these would take; say "

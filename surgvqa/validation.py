@@ -18,7 +18,7 @@ from surgvqa.endings import Stop
 from surgvqa.loss import TreeLoss
 from surgvqa.prepare import Prepared
 from surgvqa.processes import Compute, main_first
-from surgvqa.recipe import SMALLER_IS_BETTER
+from surgvqa.results import standing
 
 SHOWN = 4
 """Questions in a picture."""
@@ -69,9 +69,7 @@ class Validation:
             return {"loss": nats if math.isfinite(nats) else None, **scores.values(answers, self.prior)}
 
         row = main_first(accelerator, judge)
-        value, score = row.get(self.settings.metric), None
-        if value is not None and row["loss"] is not None:
-            score = (-value if self.settings.metric in SMALLER_IS_BETTER else value), -row["loss"]
+        score = standing(row, self.settings.metric) if row["loss"] is not None else None
         return Look(row, score, drawn[0] if drawn else None)
 
     @functools.cached_property

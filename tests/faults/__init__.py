@@ -29,4 +29,5 @@ CATALOGUE = {
     "F26": "what trains, how, on what",
     "F27": "a data worker killed",
     "F28": "foreign folders among checkpoints",
+    "F33": "data rewritten, same time or size",
 }

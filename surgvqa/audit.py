@@ -550,8 +550,8 @@ def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
 def _spellings(dataset: Dataset) -> Iterator[Problem]:
     """Yield a warning for each question type in which answers differ only in case or punctuation.
 
-    Exact match tells them apart, and so do the prior and class weights. Forms that the corpus's own closed set
-    has side by side are left alone.
+    Exact match tells them apart, and so do the prior and class weights. Forms that the corpus's own closed
+    set has side by side are left alone.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     first: dict[tuple[str, str], Example] = {}
@@ -574,8 +574,8 @@ def _spellings(dataset: Dataset) -> Iterator[Problem]:
             )
             more = "; ..." if len(several) > _SHOWN else ""
             what = (
-                f"{_count(len(several), 'answer')} of the type {kind} written in ways that differ only in case "
-                f"or punctuation, which exact match tells apart: {listed}{more}; write each in one way"
+                f"{_count(len(several), 'answer')} of the type {kind} written in ways that differ only in "
+                f"case or punctuation, which exact match tells apart: {listed}{more}; write each in one way"
             )
             yield Problem(first[kind, several[0][1]].place, what, warning=True)
 

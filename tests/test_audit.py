@@ -395,9 +395,10 @@ def test_answers_that_differ_only_in_case_or_punctuation_are_counted_by_type(bui
     told = [p for p in check(Dataset([*build.examples[3:11], *where], [])).problems if "ways" in p.what]
     assert list(map(str, told)) == [
         "q.jsonl:6: 2 answers of the type question written in ways that differ only in case or punctuation, "
-        "which exact match tells apart: 'No' (2) and 'no' (1); 'Yes!' (1) and 'yes' (1); write each in one way",
-        "q.jsonl:13: 1 answer of the type where written in ways that differ only in case or punctuation, which "
-        "exact match tells apart: 'lower-right' (1) and 'Lower right' (1); write each in one way",
+        "which exact match tells apart: 'No' (2) and 'no' (1); 'Yes!' (1) and 'yes' (1); "
+        "write each in one way",
+        "q.jsonl:13: 1 answer of the type where written in ways that differ only in case or punctuation, "
+        "which exact match tells apart: 'lower-right' (1) and 'Lower right' (1); write each in one way",
     ]
     assert all(problem.warning for problem in told)
 

@@ -221,8 +221,8 @@ def normalise(answer: str) -> str:
 
     Full stops are `.` and the marks of other scripts that Unicode calls sentence terminals and that end
     statements: Armenian, Urdu, Devanagari (danda and double danda), Ethiopic, Khmer, Burmese and Chinese or
-    Japanese ones. NFKC makes full-width and half-width forms one of these, and an ellipsis three dots. `?` and
-    `!` stay, and so does case: some data sets have labels that differ in nothing else.
+    Japanese ones. NFKC makes full-width and half-width forms one of these, and an ellipsis three dots. `?`
+    and `!` stay, and so does case: some data sets have labels that differ in nothing else.
     """
     stops = ".\u0589\u06d4\u0964\u0965\u104b\u1362\u17d4\u17d5\u3002"
     text = " ".join(unicodedata.normalize("NFKC", answer).split())

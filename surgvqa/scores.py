@@ -477,7 +477,7 @@ def _described(scored: Scored, bucket: Bucket, samples: Mapping[int, Array]) -> 
 
 
 def _valued(tallies: Sequence[Tally], samples: Mapping[int, Array], groups: int) -> dict[str, Any]:
-    """Return score → value, and `intervals`: score → lower and upper end; `groups` counts those of a bucket."""
+    """Return score → value, and `intervals`: score → lower and upper end, of a bucket with so many groups."""
     found: dict[str, float | None] = {}
     intervals = {}
     for tally in tallies:

@@ -247,17 +247,19 @@ def _train(
         return step >= total or (settings.eval.patience is not None and stale >= settings.eval.patience)
 
     def sound(updated: int) -> bool:
-        """Return whether the weights after step `updated`, the last one that was not skipped, give that step
-        finite gradients again; False where there was none.
+        """Return whether the weights after step `updated`, the last one that was not skipped, can be trained:
+        hidden states of its questions, and their gradients, are finite. False where no step was an update.
+
+        No answers and no loss are in this: those of the skipped steps may be to blame, and not the weights.
         """
         if not updated:
             return False
-        torch.manual_seed(processes.seed(settings.train.seed, updated - 1, accelerator.process_index))
         epoch, trees = plan.epoch(updated - 1), plan.step(updated - 1)
         for micro_batch in filter(None, plan.share(trees, world)[accelerator.process_index]):
-            pack = questions.pack(micro_batch, epoch=epoch, cuda=device.type == "cuda")
-            with accelerator.no_sync(loss_of):
-                loss_of(pack.to(device)).backward()
+            pack = questions.pack(micro_batch, epoch=epoch, cuda=device.type == "cuda").to(device)
+            with torch.autocast(device.type, compute.autocast, enabled=compute.autocast is not None):
+                hidden = model.hidden_states(network, pack, compute.attn)
+            hidden.float().sum().backward()
         norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
         optimizer.zero_grad(set_to_none=True)
         return not processes.anywhere(accelerator, not math.isfinite(norm))

@@ -5,7 +5,8 @@
         .tmp-replaced-step-000200/   the former one of this step, until the new one is verified
         diverged-step-000200/        of weights that gave no finite gradients any more; never gone on from
         step-000200/                 what PEFT, transformers and vLLM expect, and nothing else:
-                                     adapter_model.safetensors or model.safetensors, config, tokenizer, processor
+                                     adapter_model.safetensors or model.safetensors, config, tokenizer,
+                                     processor
             trainer/                 recipe.yaml, state.json, manifest.json, optimizer.safetensors
 
 state.json holds the step, a digest of the training data and, where it was evaluated, the score with minus the

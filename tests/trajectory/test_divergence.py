@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trajectory.conftest import Runs, runs, trace
 
 from surgvqa import checkpoint, train
+from trajectory.conftest import Runs, runs, trace
 
 __all__ = ["runs"]
 

@@ -12,13 +12,14 @@ import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from surgvqa import datasets, scores
+from surgvqa.augment import Placement
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem, splits
-from surgvqa.grounding import as_rows, misplaced
+from surgvqa.grounding import as_rows, misplaced, on_canvases, write_answer
 from surgvqa.letterbox import Rectangle, Size, check_aspect
 from surgvqa.metrics import Prediction, normalise
 from surgvqa.recipe import Part, Recipe, printable
@@ -242,6 +243,46 @@ def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> It
             f"{'has' if len(without) == 1 else 'have'} none. List the answers of each in the recipe, as "
             f"data.labels.{without[0]}, or set eval.answers: generate",
         )
+
+
+def too_short(
+    recipe: Recipe,
+    dataset: Dataset,
+    parts: Collection[Part],
+    family: str,
+    canvases: Mapping[str, Placement],
+    count: Callable[[Iterable[str]], Mapping[str, int]],
+) -> Iterator[Problem]:
+    """Yield a warning for each part to evaluate in which `eval.max_new_tokens` cuts right answers.
+
+    A question counts if none of its references fits, each with its boxes as the family writes them and its
+    end of turn: whatever the model has learned, its answer cannot be right. `count` gives texts their numbers
+    of tokens. Answers chosen among labels are never cut.
+    """
+    limit = recipe.eval.max_new_tokens
+    for part in PARTS if recipe.eval.answers == "generate" else ():
+        examples = dataset.part(part) if part in parts else []
+        texts = [_written(example, family, canvases) for example in examples]
+        tokens = count(text for own in texts for text in own)
+        lengths = [[tokens[text] + 1 for text in own] for own in texts]
+        long = [place for place, own in enumerate(lengths) if min(own) > limit]
+        if long:
+            needed = max(max(lengths[place]) for place in long)
+            what = (
+                f"{limit} cuts every right answer to {len(long)} of {_count(len(examples), 'question')} of "
+                f"{part}: they have up to {needed} tokens with their end of turn, the first at "
+                f"{examples[long[0]].place}; set {needed} or more"
+            )
+            yield Problem("eval.max_new_tokens", what, warning=True)
+
+
+def _written(example: Example, family: str, canvases: Mapping[str, Placement]) -> list[str]:
+    """Return an example's references as the model would write them."""
+    answers = [answer.strip() for answer in example.answers]
+    if not example.regions or not all(image.key in canvases for image in example.images):
+        return answers
+    boxes = on_canvases(example, example.regions, canvases)
+    return [write_answer(family, answer, boxes, len(example.images)) for answer in answers]
 
 
 def audit(

@@ -497,7 +497,8 @@ class Records:
         told = [f"{name} {row[name]:.4f}" if row[name] is not None else f"{name} -" for name in named]
         self.console.print(
             f"step {step}: {part} {', '.join(told)}, exact {percent(row['exact'])} % of {row['n']} "
-            f"(prior {percent(row['prior'])} %)",
+            f"(prior {percent(row['prior'])} %)"
+            + (f", {row['cut']} cut at eval.max_new_tokens" if row.get("cut") else ""),
             highlight=False,
             soft_wrap=True,
         )

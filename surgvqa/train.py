@@ -125,7 +125,7 @@ def _train(
         prepared.plan(final)
     total = settings.train.max_steps or settings.train.epochs * plan.steps_per_epoch
     if main:
-        for warning in prepared.warnings:
+        for warning in (*prepared.warnings, *prepared.too_short(settings.eval.parts)):
             log.warning("warning: %s", warning)
 
     # Where to begin, and the model.

@@ -279,8 +279,8 @@ class Data(Source):
 
 class Prompt(_Section):
     system: str | None = None
-    """System message; null leaves what the model's own chat template puts there: `You are a helpful assistant.`
-    in Qwen2-VL's, none in Qwen3-VL's."""
+    """System message; null leaves what the model's own chat template puts there: `You are a helpful
+    assistant.` in Qwen2-VL's, none in Qwen3-VL's."""
     instructions: dict[str, str] = {}
     """Question type → text put after the question, on a line of its own."""
 

@@ -36,6 +36,7 @@ from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Recipe
+from surgvqa.results import OPTIMIZER, RECIPE
 from surgvqa.run import (
     RECENT,
     Records,
@@ -167,7 +168,7 @@ def _train(
     optimizer = _optimizer(settings, parameters, fused=device.type == "cuda")
     if resume:
         try:
-            checkpoint.load_optimizer(resume.folder / "optimizer.safetensors", optimizer, parameters)
+            checkpoint.load_optimizer(resume.folder / OPTIMIZER, optimizer, parameters)
         except KeyError as error:
             raise BadInput(
                 f"{resume.folder}: its optimizer is that of another model; {error} is missing"
@@ -202,8 +203,8 @@ def _train(
         def fill(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
             model.save(network, folder, weights)
             hub.copy_processor(prepared.folder, folder)
-            save_file(moments, folder / "optimizer.safetensors")
-            checkpoint.write_text(folder / "recipe.yaml", settings.dump())
+            save_file(moments, folder / OPTIMIZER)
+            checkpoint.write_text(folder / RECIPE, settings.dump())
             checkpoint.write_json(folder / checkpoint.STATE, state)
 
         writer.write(step, fill, model.weights(network), checkpoint.moments(optimizer, parameters))

@@ -164,6 +164,11 @@ def compare(
     overall, *types = _compared(
         scored, [(scored[0].overall, scored[1].overall), *pairs.values()], resamples, seed
     )
+    cut = [
+        f"{run.path}: {sum(row.cut for row in rows)} of {len(rows)} answers were cut at eval.max_new_tokens"
+        for run, rows in ((a, common), (b, others))
+        if any(row.cut for row in rows)
+    ]
     comparison = Comparison(
         a=a,
         b=b,
@@ -176,7 +181,7 @@ def compare(
         by_type=_corrected(dict(zip(pairs, types, strict=True))),
         notes=[],
     )
-    return replace(comparison, notes=_notes(comparison))
+    return replace(comparison, notes=[*_notes(comparison), *cut])
 
 
 def _load(path: Path, split: str | None) -> tuple[Side, list[Prediction]]:

@@ -349,7 +349,8 @@ class Data(Source):
 
 class Prompt(_Section):
     system: str | None = None
-    """System message; null leaves what the model's own chat template puts there."""
+    """System message; null leaves what the model's own chat template puts there: `You are a helpful
+    assistant.` in Qwen2-VL's, none in Qwen3-VL's."""
     instructions: dict[str, str] = {}
     """Question type → text put after the question, on a line of its own."""
 
@@ -480,7 +481,8 @@ class Eval(_Section):
     """`generate`: the model writes its answer; `labels`: it chooses the most probable of its question type's
     closed set, and predictions.jsonl gets the probability of each."""
     max_new_tokens: int = Field(64, ge=1, le=100_000)
-    """Longest answer, in tokens (for `answers: generate`)."""
+    """Longest answer, in tokens with its end of turn (for `answers: generate`). Longer ones are cut, and
+    marked; `surgvqa check` and training warn of right answers that do not fit."""
     cascade: Literal["none", "answers", "references"] = "none"
     """Answer stage by stage, and put the earlier stages' questions about the same image ahead of each
     question, with the `answers` that the model gave or with their `references`."""

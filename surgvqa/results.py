@@ -44,8 +44,9 @@ class Evaluation:
 
     def table(self) -> pd.DataFrame:
         """A row for each question, in order, with the columns id, image, group, type, question, reference
-        (the one that the answer meets, else the first), answer, right, and confidence: the probability of
-        the answer, NaN where the model wrote it. Raises what `predictions` raises.
+        (the one that the answer meets, else the first), answer, right, confidence: the probability of
+        the answer, NaN where the model wrote it, and cut: whether it was cut at `eval.max_new_tokens`. Raises
+        what `predictions` raises.
         """
         import pandas as pd
 
@@ -60,6 +61,7 @@ class Evaluation:
                 "answer": row.answer,
                 "right": row.right,
                 "confidence": math.nan if row.confidence is None else row.confidence,
+                "cut": row.cut,
             }
             for row in self.predictions
         )
@@ -77,7 +79,7 @@ class Evaluation:
         rows = []
         for _, row in found:
             low, high = row["intervals"].get("exact", (None, None))
-            note = "; ".join(scores.MARKS[mark] for mark in scores.marks(row["few"], row["few_groups"]))
+            note = "; ".join(scores.MARKS[mark] for mark in _marks(row))
             rows.append((row["n"], row["exact"], low, high, row["prior"], note))
         table = pd.DataFrame(
             rows, [name for name, _ in found], ["questions", "exact", "low", "high", "prior", "note"]
@@ -150,6 +152,10 @@ class Run:
     def _examples(self) -> dict[str, datasets.Example]:
         """Question id → what the data says, which is read when this is first asked for."""
         return {example.id: example for example in datasets.load(self.recipe.data).examples}
+
+
+def _marks(row: Mapping[str, Any]) -> str:
+    return scores.marks(row["few"], row["few_groups"], row.get("cut", 0))
 
 
 def _met(row: Prediction) -> str:

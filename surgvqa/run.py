@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -415,6 +416,7 @@ class Records:
         self.writes = not console.quiet
         self.traces, self.profiles = log.trace and self.writes, log.profile and self.writes
         self.stack = contextlib.ExitStack()
+        self.began = time.monotonic()
 
     def __enter__(self) -> Records:
         if self.writes:
@@ -470,7 +472,12 @@ class Records:
         # A log file gets a line now and then where a terminal gets a bar.
         regular = row["step"] % max(1, self.total // 25) == 0
         if not self.console.is_terminal and (regular or row["step"] in (self.start + 1, self.total)):
-            self.console.print(f"step {row['step']}/{self.total}  {numbers}", highlight=False, soft_wrap=True)
+            elapsed = time.monotonic() - self.began
+            left = elapsed / (row["step"] - self.start) * (self.total - row["step"])
+            times = f"{_clock(elapsed)} elapsed, {_clock(left)} to go"
+            self.console.print(
+                f"step {row['step']}/{self.total}  {numbers}  {times}", highlight=False, soft_wrap=True
+            )
 
     def trace(self, step: int, ids: Sequence[str], tokens: int, loss: float) -> None:
         """A line of trace.jsonl, where the recipe asks for it."""
@@ -501,7 +508,8 @@ class Records:
         told = [f"{name} {row[name]:.4f}" if row[name] is not None else f"{name} -" for name in named]
         self.console.print(
             f"step {step}: {part} {', '.join(told)}, exact {percent(row['exact'])} % of {row['n']} "
-            f"(prior {percent(row['prior'])} %)",
+            f"(prior {percent(row['prior'])} %)"
+            + (f", {row['cut']} cut at eval.max_new_tokens" if row.get("cut") else ""),
             highlight=False,
             soft_wrap=True,
         )
@@ -527,6 +535,12 @@ class Records:
             if file.is_file():
                 last = self.start - 1 if name == EVALUATIONS and not self.settled else self.start
                 checkpoint.write_text(file, "".join(_whole(file, up_to=last)))
+
+
+def _clock(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _whole(file: Path, up_to: int) -> list[str]:

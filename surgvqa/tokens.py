@@ -314,6 +314,15 @@ class ChatTokens:
                 text = text.replace(token, "")
         return " ".join(text.split())
 
+    def lengths(self, texts: Iterable[str]) -> dict[str, int]:
+        """Return how many tokens each text has, without those of the conversation around it."""
+        distinct = list(dict.fromkeys(texts))
+        counted: dict[str, int] = {}
+        for start in range(0, len(distinct), _PAIRS):
+            some = distinct[start : start + _PAIRS]
+            counted.update(zip(some, map(len, self._encode(some)), strict=True))
+        return counted
+
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token as text, for showing."""
         return [str(self.tokenizer.decode([int(token)])) for token in ids]

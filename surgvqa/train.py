@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surgvqa import checkpoint, evaluation, hub, memory, model, processes, recipe
-from surgvqa.banner import banner
+from surgvqa.banner import banner, example
 from surgvqa.endings import PEER_LOST, NumericFailure, Preempted, Stop, leave_code, run_command
 from surgvqa.flops import Speed
 from surgvqa.loss import TreeLoss
@@ -126,8 +126,10 @@ def _train(
         prepared.plan(final)
     total = settings.train.max_steps or settings.train.epochs * plan.steps_per_epoch
     if main:
-        for warning in prepared.warnings:
+        for warning in (*prepared.warnings, *prepared.too_short(settings.eval.parts)):
             log.warning("warning: %s", warning)
+        for line in example(questions):  # before the model loads, which takes minutes where it is large
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     # Where to begin, and the model.
     if fresh:

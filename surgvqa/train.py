@@ -261,7 +261,7 @@ def _train(
             pack = questions.pack(micro_batch, epoch=epoch, cuda=device.type == "cuda").to(device)
             with torch.autocast(device.type, compute.autocast, enabled=compute.autocast is not None):
                 hidden = model.hidden_states(network, pack, compute.attn)
-            hidden.float().sum().backward()
+            torch.autograd.backward(hidden.float().sum())
         norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
         optimizer.zero_grad(set_to_none=True)
         return not processes.anywhere(accelerator, not math.isfinite(norm))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgvqa.endings import writing_to
 from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, bootstrap, interval, p_value
 from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput, printable
@@ -376,10 +377,11 @@ def show(found: Comparison, out: Path) -> None:
     console.print(kinds)
     for note in [*(f"{mark} {MARKS[mark]}" for mark in sorted(marked)), *found.notes]:
         console.print(note, soft_wrap=True)
-    out.mkdir(parents=True, exist_ok=True)
     files = out / "compare.json", out / "compare.svg"
-    files[0].write_text(json.dumps(found.row(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    files[1].write_text(drawing(found), encoding="utf-8")
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(json.dumps(found.row(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files[1].write_text(drawing(found), encoding="utf-8")
     console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
 
 

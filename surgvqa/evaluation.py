@@ -23,20 +23,20 @@ from accelerate.utils import gather_object
 from rich.progress import Progress
 from rich.table import Table
 
-from surgvqa import checkpoint, corrupt, datasets, grounding, hub, processes, recipe, results, scores
+from surgvqa import checkpoint, corrupt, datasets, grounding, hub, processes, results, scores
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
-from surgvqa.endings import Ending, NumericFailure, Preempted, Stop, StorageFailure, is_storage, leave_code
+from surgvqa.endings import NumericFailure, Preempted, Stop, leave_code, of_os_error, run_command
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction
 from surgvqa.peers import Peers
 from surgvqa.plan import Group, Plan, trees_of
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import Compute, main_first
-from surgvqa.recipe import BadInput, Part
+from surgvqa.recipe import BadInput, Part, path_argument
 from surgvqa.sources import Source, claim, opened
-from surgvqa.terminal import Console
+from surgvqa.terminal import Console, forgiving_streams
 from surgvqa.tree import Pack, Questions, packs, workers_watched
 
 log = logging.getLogger("surgvqa")
@@ -515,11 +515,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SOURCE",
+        type=lambda text: str(path_argument(text)) if text.startswith(("~", "$")) else text,
         help="a run's folder, one of its checkpoints, or with --recipe a model's name or folder",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--split", choices=["train", "val", "test"], help="default: the recipe's eval.final")
-    parser.add_argument("--recipe", type=Path, help="which data to ask a published model about, and how")
+    parser.add_argument(
+        "--recipe", type=path_argument, help="which data to ask a published model about, and how"
+    )
     parser.add_argument(
         "--ablate",
         action="append",
@@ -532,22 +535,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="KIND:LEVEL",
         help=f"spoil the pictures: {', '.join(corrupt.KINDS)}, from 1 to 5, or 1..5 for all of them",
     )
-    parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
+    parser.add_argument("--out", type=path_argument, help="folder for the results (default: the run's)")
+    forgiving_streams()
     given = parser.parse_intermixed_args(argv)
-    try:
+
+    def work() -> None:
         spoiled = [each.name for text in given.corrupt or () for each in corrupt.parse(text)]
         variants = list(dict.fromkeys([*(given.ablate or ()), *spoiled])) or [""]
         source = opened(given.source, recipe_file=given.recipe, overrides=given.overrides, output=given.out)
         with Stop() as stop, workers_watched():
-            _evaluate(source, given.split, variants, stop)
-    except BadInput as error:
-        return leave_code(recipe.explain(error))
-    except Ending as error:
-        log.error("%s", error)
-        return leave_code(error.exit_code)
-    except OSError as error:
-        if not is_storage(error):
-            raise
-        log.error("%s: %s; make room, and the same command goes on", error.filename, error.strerror)
-        return leave_code(StorageFailure.exit_code)
-    return leave_code(0)
+            try:
+                _evaluate(source, given.split, variants, stop)
+            except OSError as error:
+                raise of_os_error(error, source.run) or error from None
+
+    return leave_code(run_command(work))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from surgvqa import datasets, recipe, scores
+from surgvqa.endings import file_errors
 from surgvqa.letterbox import read_rgb
 from surgvqa.metrics import Prediction, exact
 from surgvqa.recipe import SMALLER_IS_BETTER, BadInput, Part, Recipe
@@ -162,9 +163,10 @@ def _met(row: Prediction) -> str:
     return next((one for one in row.references if exact(row.answer, [one])), row.references[0])
 
 
+@file_errors()
 def load_run(folder: str | Path) -> Run:
-    """Read a run's folder. Raises BadInput where it is none."""
-    folder = Path(folder)
+    """Read a run's folder. Raises BadInput where it is none, or may not be read."""
+    folder = recipe.user_path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise BadInput(f"{folder}: no recipe.yaml here; give the output folder of a run")
     return Run(
@@ -224,9 +226,9 @@ def _option(variant: str) -> str:
 
 def json_of(file: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is none, or only half of one."""
-    if not file.is_file():  # reading a pipe would wait for ever
-        return {}
     try:
+        if not file.is_file():  # reading a pipe would wait for ever
+            return {}
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
@@ -235,9 +237,9 @@ def json_of(file: Path) -> dict[str, Any]:
 
 def rows(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file; none where there is none."""
-    if not file.is_file():
-        return []
     try:
+        if not file.is_file():
+            return []
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []

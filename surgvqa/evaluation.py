@@ -202,7 +202,7 @@ def _read(
     if not prepared.grounded or probabilities is not None:
         return answer, []
     canvases = [prepared.canvases[image.key] for image in example.images]
-    text, found = grounding.parse_answer(answer, len(canvases))
+    text, found = grounding.parse_answer(answer, len(canvases), prepared.reads_in_place(example))
     return text, [grounding.in_source(region, canvases[region.image]) for region in found]
 
 

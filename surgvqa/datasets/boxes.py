@@ -54,12 +54,14 @@ _IN_BRACKETS = re.compile(
 )
 
 _RESEMBLING = re.compile(
-    r"""["']?\b(?:bbox_2d|box_2d|bbox|bounding_box|box|point_2d|points?|polygon|segmentation|keypoints?)\b["']?"""
-    r"\s{0,4}[:=]\s{0,4}[\[(][\s\[(]{0,8}[-+.]?\d[^\]\n]{0,60}"
+    r"""(?:["']?\b(?:bbox_2d|box_2d|bbox|bounding_box|point_2d)\b["']?"""
+    r"""|["'](?:box|points?|polygon|segmentation|keypoints?)["'])"""
+    r"\s{0,4}[:=]\s{0,4}[\[(][\s\[(]{0,8}[-+.]?\d[\d.]{0,20}\s{0,2},[^\]\n]{0,60}"
     r"|<(?:box|bbox|points?|poly|polygon|quad)>[\s\[(]{0,8}[-+.]?\d[^<\n]{0,60}"
     r"|<points?\s+x\d{0,3}\s*=[^>\n]{0,60}"
     r"|<bbox>|<ref-object>|<loc_?\d{1,4}>"
     r"""|["'](?:x1|xmin|x_min)["']\s{0,4}:\s{0,4}[-+.]?\d"""
+    r"""|["']x["']\s{0,4}:\s{0,4}[-+.]?[\d.]{1,20},\s{0,4}["']y["']"""
 )
 """Coordinates that a key or a tag marks as such, in a text from which boxes have been taken."""
 
@@ -316,7 +318,8 @@ def read(example: Example, variant: str | None, unit: str, default: str = "marke
 
     `variant` is `marked`, `boxes` (four numbers in brackets are boxes too), `text` (nothing is read) or None,
     which is the `default` but notes brackets of which the recipe says nothing. A question or answer that has
-    boxes from columns is left. Of several images each box must say which it is in, or it stays text.
+    boxes from columns is left. Of several images each box must say which it is in, or the text stays as
+    it is.
     Raises ValueError with a box that is wrong, to be put after "the box".
     """
     images = len(example.images)
@@ -325,8 +328,8 @@ def read(example: Example, variant: str | None, unit: str, default: str = "marke
 
     def found_in(text: str) -> list[Found]:
         found = find(text, images=images, brackets=chosen == "boxes")
-        if several:
-            found = [one for one in found if one.image is not None and 0 <= one.image < images]
+        if several and not all(one.image is not None and 0 <= one.image < images for one in found):
+            return []
         if found and MARK in _without(text[:READ], found):
             raise ValueError(f"{MARK}, which has no numbers, beside boxes that have some")
         return found

@@ -26,7 +26,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from surgvqa import corrupt, datasets, hub, letterbox, model
-from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
+from surgvqa.audit import Audit, closed_set, condensed, load_and_audit, too_short
 from surgvqa.datasets import splits
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
@@ -188,6 +188,13 @@ class Prepared:
     def reads_in_place(self, example: datasets.Example) -> bool:
         """Return whether boxes may stand among the words of an answer, as they do in its reference."""
         return bool(example.layout)
+
+    def too_short(self, parts: Collection[Part]) -> list[str]:
+        """Return warnings of parts to evaluate with references longer than `eval.max_new_tokens`."""
+        found = too_short(
+            self.recipe, self.dataset, parts, self.folder.family, self.canvases, self.chat.lengths
+        )
+        return condensed(found)
 
     def prior(self) -> Prior:
         return Prior(self.dataset.part("train"))

@@ -21,8 +21,8 @@ from typing import Any
 from surgvqa import lock, recipe
 from surgvqa.endings import ENDED
 from surgvqa.lock import METRICS
-from surgvqa.recipe import BadInput
-from surgvqa.results import json_of, number, rows, standing
+from surgvqa.recipe import BadInput, path_argument
+from surgvqa.results import STATE, json_of, number, rows, standing
 
 TRAIN, EVALUATE = Path("slurm/train.sbatch"), Path("slurm/evaluate.sbatch")
 PASSED_ON = ("time", "partition", "account", "qos", "mem", "cpus-per-task", "signal")
@@ -53,7 +53,7 @@ def submit(argv: Sequence[str]) -> int:
         "surgvqa submit",
         description="Submit a recipe to SLURM, from the repository's root; key=value overrides follow it.",
     )
-    parser.add_argument("recipe", type=Path, help="recipe file, e.g. recipes/exp1_768.yaml")
+    parser.add_argument("recipe", type=path_argument, help="recipe file, e.g. recipes/exp1_768.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--gpus", type=_count, default=1, metavar="N", help="GPUs per node (default: 1)")
     parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="(default: 1)")
@@ -183,7 +183,12 @@ def status(argv: Sequence[str]) -> int:
     """List runs: state, job, step, time to go, best score."""
     parser = argparse.ArgumentParser("surgvqa status", description=status.__doc__)
     parser.add_argument(
-        "folders", nargs="*", type=Path, default=[RUNS], metavar="FOLDER", help="run, or runs' folder (runs)"
+        "folders",
+        nargs="*",
+        type=path_argument,
+        default=[RUNS],
+        metavar="FOLDER",
+        help="run, or runs' folder (runs)",
     )
     given = parser.parse_args(argv)
     queue = _queue()
@@ -242,7 +247,7 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
 
 def saved(run: Path) -> int:
     """The step of a run's newest checkpoint, 0 without one; it is the next start that verifies it."""
-    names = [folder.parent.name for folder in run.glob("checkpoints/step-*/state.json")]
+    names = [file.parts[-3] for file in run.glob(f"checkpoints/step-*/{STATE}")]
     return max((int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))), default=0)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from surgvqa import checkpoint, recipe, results
 from surgvqa.datasets import Example
+from surgvqa.endings import file_errors
 from surgvqa.recipe import BadInput, Part, Recipe
 
 _DECIDING = (
@@ -106,6 +107,7 @@ def _in_its_run(found: Path, run: Path) -> bool:
     return found.resolve().parent.parent == run.resolve()
 
 
+@file_errors()
 def model_of(
     source: str | Path,
     recipe_file: str | os.PathLike[str] | None = None,
@@ -121,7 +123,7 @@ def model_of(
     whole.
     """
     folder = Path(source)
-    by_itself, told = (folder / checkpoint.MANIFEST).is_file(), folder / "recipe.yaml"
+    by_itself, told = checkpoint.is_checkpoint(folder), folder / "recipe.yaml"
     if (by_itself or told.is_file()) and recipe_file is not None:
         raise BadInput(f"--recipe is for a model as it was published; {folder} brings its own recipe")
     if by_itself:

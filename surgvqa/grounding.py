@@ -135,8 +135,8 @@ def decide_units(
         units[key] = "pixels" if above else "thousand"
         why = "a number above 1000" if above else "corners outside of its image if they were pixels"
         what = (
-            f"{count} without a unit, taken to be {'pixels' if above else 'thousandths of the sides'}, since "
-            f"{len(above or beyond)} of {len(boxes)} has {why}, such as {shown}; set {key}: {units[key]} if "
+            f"{count} without a unit are taken to be {'pixels' if above else 'thousandths of the sides'}: "
+            f"{len(above or beyond)} of them with {why}, such as {shown}; set {key}: {units[key]} if "
             "this is right for all, else give boxes of another unit a data set of their own in data.more"
         )
         problems.append(Problem(example.place, what, warning=True))

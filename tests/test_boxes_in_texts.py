@@ -327,11 +327,14 @@ def test_units_that_the_data_proves_or_not(tmp_path: Path, capsys: pytest.Captur
     )
     code, text = told([250, 250, 500, 500], [10, 20, 30, 900])
     assert code == 0
-    assert "taken to be thousandths of the sides, since 1 of 2 has corners outside of its image" in text
+    assert (
+        "2 boxes in texts without a unit are taken to be thousandths of the sides: 1 of them with corners outside"
+        in text
+    )
     assert "boxes: 2 read from texts: JSON 2" in text
     code, text = told([250, 250, 500, 500], [10, 20, 1200, 500])
     assert code == 0
-    assert "taken to be pixels, since 1 of 2 has a number above 1000, such as [10, 20, 1200, 500]" in text
+    assert "are taken to be pixels: 1 of them with a number above 1000, such as [10, 20, 1200, 500]" in text
     code, text = told([250, 250, 500, 500], [10, 20, 1290, 500])
     assert code == 2
     assert "reaches out of its image of 1280×720 pixels" in text
@@ -413,6 +416,24 @@ def test_boxes_of_columns_are_in_the_unit_that_the_recipe_says(unit: str, tmp_pa
     (tmp_path / "train.json").write_text(json.dumps([row]))
     (example,) = load("json", tmp_path / "train.json", boxes=unit).examples
     assert source_pixels(example.regions[0], SIZE).box == (320, 180, 960, 540)
+
+
+def test_json_answers_are_whole_and_numbers_that_are_no_box_stay(tmp_path: Path) -> None:
+    """One file: a box in JSON in shares, scores in brackets, the box in tags and behind a label."""
+    file = rows_of(
+        tmp_path,
+        ("In JSON?", '[{"bbox_2d": [0.25, 0.25, 0.75, 0.75], "label": "polyp"}]'),
+        ("Probabilities?", "scores [0.05, 0.1, 0.25, 0.6]"),
+        ("In tags?", "<ref>polyp</ref><box>(0.25,0.25),(0.75,0.75)</box>"),
+        ("As ever?", "polyp[0.25, 0.25, 0.75, 0.75]"),
+    )
+    first, scores, *others = load("messages", file, variant="marked").examples
+    for example in (first, *others):
+        (told,) = on_canvases(example, example.regions, {"a.png": canvas_of("letterbox")})
+        assert write_answer("qwen3_vl", example.answers[0], [told], layout=example.layout) == (
+            '[{"bbox_2d": [250, 359, 750, 641], "label": "polyp"}]'
+        )
+    assert (scores.answers, scores.regions) == (("scores [0.05, 0.1, 0.25, 0.6]",), ())
 
 
 # ---- ms-swift's objects --------------------------------------------------------------------------------

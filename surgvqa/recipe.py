@@ -49,14 +49,15 @@ COLUMNS = frozenset(
 _TURNS = COLUMNS - {"question", "answer", "box", "boxes", "asked_box", "asked_boxes"}
 _MAPPED = {
     **dict.fromkeys((*_TABLES, "hub"), COLUMNS),
-    "llava": _TURNS | {"conversations"},
-    "messages": (_TURNS - {"image"}) | {"images", "messages"},
+    "llava": _TURNS | {"conversations", "objects"},
+    "messages": (_TURNS - {"image"}) | {"images", "messages", "objects"},
 }
 """Formats whose columns may have other names → our names of those."""
 
 VARIANTS = {
-    "llava": ("boxes", "text"),
-    "messages": ("boxes", "text"),
+    "llava": ("marked", "boxes", "text"),
+    "messages": ("marked", "boxes", "text"),
+    **dict.fromkeys(_TABLES, ("text", "marked", "boxes")),
     "kvasir_vqa_x1": ("full", "medico"),
     "endovis18_vqa": ("classification", "sentence"),
     "cholec80_vqa": ("classification", "sentence"),
@@ -283,6 +284,10 @@ class Source(_Section):
     variant: str | None = None
     """Which form of a corpus that comes in several: see docs/datasets.md; null: the first one named there. Of
     a hub data set: which subset."""
+    boxes: Literal["auto", "pixels", "thousand", "share"] = "auto"
+    """Unit of boxes in texts, columns and `objects`, for the formats that take `columns`: `pixels` of the
+    image, `thousand` (0 to 1000 along each side) or `share` (0 to 1). `auto`: numbers up to 1 are shares; of
+    columns and `objects` others are pixels; of texts others are what the data proves, else it is an error."""
     frames: int | None = Field(None, ge=1, le=COUNT)
     """Most frames of a clip, evenly chosen, for formats with clips; null: all."""
 
@@ -656,10 +661,12 @@ def _source_contradictions(source: Source, where: str) -> Iterator[str]:
         yield f"{where}.columns.{empty[0]}: is empty; give the data's name of that column, or leave it out"
     if source.group_pattern is not None and not known:
         yield f"{where}.group_pattern: format {source.format} has groups of its own"
+    if source.boxes != "auto" and not known:
+        yield f"{where}.boxes: format {source.format} has boxes of a known unit, or none"
     forms = VARIANTS.get(source.format, ())
     if source.variant is not None and source.format != "hub" and source.variant not in forms:
         has = (
-            f"format {source.format} has {' and '.join(forms)}"
+            f"format {source.format} has {', '.join(forms[:-1])} and {forms[-1]}"
             if forms
             else f"{source.format} has only one form"
         )

@@ -90,6 +90,7 @@ class Findings:
         content = self.content
         yield f"{content['recipe']}: {_size(content)}"
         yield from _facts(content)
+        yield from (f"data: {printable(line)}" for line in content["unused"])
         yield from (f"not looked at: {note}" for note in content["notes"])
 
     def report(self) -> str:
@@ -190,6 +191,7 @@ def examine(
     content = {
         **about,
         "notes": notes,
+        "unused": found.unused,
         "parts": {part: part_counts(dataset.part(part)) for part in PARTS},
         "question_types": type_counts(dataset),
         "repeated_questions": repeated(dataset),
@@ -508,6 +510,7 @@ figcaption { font-size: 12px; overflow-wrap: anywhere; }
 <td class="number">{{ "{:,}".format(row.groups) }}</tr>{% endfor %}
 </table>
 <ul>{% for fact in facts %}<li>{{ fact | printable }}{% endfor %}
+{% for line in content.unused %}<li>{{ line | printable }}{% endfor %}
 {% for note in content.notes %}<li>not looked at: {{ note }}{% endfor %}</ul>
 {% endif %}
 <h2>Problems</h2>

@@ -19,6 +19,7 @@ from typing import Any
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from surgvqa import grounding
+from surgvqa.datasets.remote import unreachable
 from surgvqa.demo import cached
 from surgvqa.demo.tiny import TINY_MODELS, write_tiny_model
 from surgvqa.recipe import BadInput
@@ -292,9 +293,12 @@ def _download(name: str, revision: str | None, patterns: list[str], fetch: bool 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    why = unreachable(f"the model {name}") if fetch and is_remote(name) else ""
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not fetch)
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, local_files_only=not fetch or bool(why)
+            )
         )
     except HFValidationError:
         raise BadInput(
@@ -303,7 +307,8 @@ def _download(name: str, revision: str | None, patterns: list[str], fetch: bool 
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise BadInput(
-            f"{name}{at}: not in the local cache and could not be fetched ({str(error).splitlines()[0]}). "
+            f"{name}{at}: not in the local cache and could not be fetched "
+            f"({why or str(error).splitlines()[0]}). "
             f"Where there is no connection: fetch it on a machine that has one, with `hf download {name}` "
             "into the same HF_HOME, or give a local folder as model.name"
         ) from None

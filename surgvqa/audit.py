@@ -19,7 +19,16 @@ from typing import get_args
 from surgvqa import datasets, scores
 from surgvqa.augment import Placement
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem, splits
-from surgvqa.grounding import as_rows, misplaced, on_canvases, write_answer
+from surgvqa.grounding import (
+    as_rows,
+    decide_units,
+    left_as_text,
+    misplaced,
+    moves,
+    on_canvases,
+    with_units,
+    write_answer,
+)
 from surgvqa.letterbox import Rectangle, Size, check_aspect
 from surgvqa.metrics import Prediction, normalise
 from surgvqa.recipe import Part, Recipe, printable
@@ -58,10 +67,14 @@ class Audit:
     """What `data.on_error: skip` left out, each also a warning among the problems."""
     left_out: frozenset[str] = frozenset()
     """Ids of questions that were read well but left out since of an image or a text of theirs."""
+    units: dict[str, str] = field(default_factory=dict)
+    """The unit of boxes in texts that the data itself proves, by the recipe key that does not say it."""
     counts: dict[str, int] = field(default_factory=dict)
     """How much was left out: rows for what they say, images, and the questions about those."""
     notes: list[str] = field(default_factory=list)
     """What was not looked at, and why."""
+    unused: list[str] = field(default_factory=list)
+    """What of the data is not used, as its reader says."""
 
     @property
     def sizes(self) -> dict[str, Size]:
@@ -79,8 +92,9 @@ class Audit:
         return {key: facts.digest for key, facts in self.facts.items() if facts.digest}
 
     def kept(self, dataset: Dataset) -> Dataset:
-        """The data without what is left out."""
-        return replace(dataset, examples=[e for e in dataset.examples if e.id not in self.left_out])
+        """The data without what is left out, and with the units of all boxes decided."""
+        examples = (example for example in dataset.examples if example.id not in self.left_out)
+        return replace(dataset, examples=[with_units(example, self.units) for example in examples])
 
 
 def load_and_audit(
@@ -100,6 +114,7 @@ def load_and_audit(
         dataset,
         mode=recipe.image.mode,
         crop=recipe.image.crop,
+        augment=recipe.image.augment,
         by=splits.unit(recipe.data.split),
         special_tokens=special_tokens,
         trains=trains,
@@ -282,7 +297,10 @@ def _written(example: Example, family: str, canvases: Mapping[str, Placement]) -
     if not example.regions or not all(image.key in canvases for image in example.images):
         return answers
     boxes = on_canvases(example, example.regions, canvases)
-    return [write_answer(family, answer, boxes, len(example.images)) for answer in answers]
+    return [
+        write_answer(family, answer, boxes, len(example.images), layout=example.layout if number == 0 else "")
+        for number, answer in enumerate(answers)
+    ]
 
 
 def audit(
@@ -290,6 +308,7 @@ def audit(
     *,
     mode: str,
     crop: str = "none",
+    augment: str = "none",
     by: str = "official",
     special_tokens: Collection[str] = (),
     trains: bool = True,
@@ -299,8 +318,8 @@ def audit(
 ) -> Audit:
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
-    `mode` and `crop` are the recipe's of `image`, and `by` what its split keeps together: a split by image
-    may put a group in two parts, which is a warning then. Texts that hold one of the model's
+    `mode`, `crop` and `augment` are the recipe's of `image`, and `by` what its split keeps together: a split
+    by image may put a group in two parts, which is a warning then. Texts that hold one of the model's
     `special_tokens` are errors. Data without questions to train on is an error only if it `trains`. With
     `skip` bad rows, and questions about bad images, are left out and become warnings; everything else is
     checked without them. `headers` and `progress` are those of `scan`.
@@ -316,8 +335,22 @@ def audit(
     rows = [problem for problem in dataset.problems if not (problem.warning or problem.whole)]
     sizes = {key: facts.size for key, facts in found.found.items()}
     pictures = {key: facts.picture for key, facts in found.found.items() if facts.picture}
-    boxes = _boxes(dataset, sizes, pictures if crop == "border" else {})
-    special = {**dict(boxes), **dict(_special(dataset, special_tokens))}
+    units, of_units = decide_units(dataset.examples, sizes)
+    dataset = replace(dataset, examples=[with_units(example, units) for example in dataset.examples])
+    uses = {key: [with_units(example, units) for example in examples] for key, examples in uses.items()}
+
+    def moved(example: Example) -> bool:
+        if augment != "none" and example.split == "train":
+            return True
+        return any(
+            moves(image.key, mode, crop, sizes, pictures) for image in example.images if image.key in sizes
+        )
+
+    special = {
+        **dict(_boxes_left(dataset, moved)),
+        **dict(_boxes(dataset, sizes, pictures if crop == "border" else {})),
+        **dict(_special(dataset, special_tokens)),
+    }
     broken = [_broken(key, why, uses[key]) for key, why in faults.items()]
     skipped: list[Problem] = []
     left_out: set[str] = set()
@@ -351,6 +384,7 @@ def audit(
     problems += copies
     problems += _junk(dataset)
     problems += _boxes_alone(dataset)
+    problems += of_units
     problems += _unseen_answers(dataset)
     problems += _spellings(dataset)
     problems += _conflicts(dataset)
@@ -358,8 +392,8 @@ def audit(
     if found.unkept:
         what = f"cannot be written, so the images will be decoded again next time: {found.unkept}"
         problems.append(Problem("$SURGVQA_CACHE", what, warning=True))
-    notes = [*_unseen(facts), *unlooked]
-    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), counts, notes)
+    notes, unused = [*_unseen(facts), *unlooked], list(dataset.unused)
+    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), units, counts, notes, unused)
 
 
 def _too_long(found: Mapping[str, ImageFacts], crop: str) -> dict[str, str]:
@@ -441,6 +475,25 @@ def _boxes(
     for example in dataset.examples:
         if wrong := misplaced(example, sizes, pictures):
             yield example.id, Problem(example.place, "; ".join(wrong))
+
+
+def _boxes_left(dataset: Dataset, moved: Callable[[Example], bool]) -> Iterator[tuple[str, Problem]]:
+    """Ids of questions with coordinates that stay text though the canvas moves what they are of, and the
+    problem.
+    """
+    for example in dataset.examples:
+        text, marked = left_as_text(example)
+        if not text or not moved(example):
+            continue
+        what = f"{text[:80]!r} stays text, but image.mode, crop or augment moves what it points at"
+        if marked:
+            cure = (
+                "if it is a box, set data.variant: marked and write it as docs/datasets.md has it; points, "
+                "polygons and boxes that are to stay text need image.mode: native without crop and augment"
+            )
+        else:
+            cure = "if it is a box, set data.variant: boxes and data.boxes, else data.variant: marked"
+        yield example.id, Problem(example.place, f"{what}; {cure}", images=(example.images[0].key,))
 
 
 def _boxes_alone(dataset: Dataset) -> Iterator[Problem]:

@@ -213,7 +213,7 @@ def _read(prepared: Prepared, example: Example, reply: Reply) -> tuple[str, list
     if not prepared.grounded or reply.probabilities is not None:
         return reply.text, []
     canvases = [prepared.canvases[image.key] for image in example.images]
-    text, found = grounding.parse_answer(reply.text, len(canvases))
+    text, found = grounding.parse_answer(reply.text, len(canvases), prepared.reads_in_place(example))
     return text, [grounding.in_source(region, canvases[region.image]) for region in found]
 
 

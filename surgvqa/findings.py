@@ -31,6 +31,8 @@ import surgvqa
 from surgvqa import letterbox
 from surgvqa.audit import PARTS, load_and_audit, repeated, report, too_short
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem
+from surgvqa.datasets.boxes import in_brackets
+from surgvqa.grounding import left_as_text
 from surgvqa.hub import Folder
 from surgvqa.metrics import Prior, exact, normalise
 from surgvqa.recipe import BadInput, Recipe, printable
@@ -88,6 +90,7 @@ class Findings:
         content = self.content
         yield f"{content['recipe']}: {_size(content)}"
         yield from _facts(content)
+        yield from (f"data: {printable(line)}" for line in content["unused"])
         yield from (f"not looked at: {note}" for note in content["notes"])
 
     def report(self) -> str:
@@ -188,10 +191,12 @@ def examine(
     content = {
         **about,
         "notes": notes,
+        "unused": found.unused,
         "parts": {part: part_counts(dataset.part(part)) for part in PARTS},
         "question_types": type_counts(dataset),
         "repeated_questions": repeated(dataset),
         "texts": _texts(dataset, tokens),
+        "boxes": _boxes(dataset),
         "images": {
             **_images(found.facts),
             "decoded_now": 0 if headers else found.decoded,
@@ -281,6 +286,25 @@ def _texts(
         if texts:
             found[what] = {unit: _lengths(texts, of, dataset) for unit, of in units.items()}
     return found
+
+
+def _boxes(dataset: Dataset) -> dict[str, Any]:
+    """Return how many boxes were read from texts, by their notation, and which coordinates texts keep."""
+    notations = Counter(
+        region.notation
+        for example in dataset.examples
+        for region in (*example.asked_regions, *example.regions)
+        if region.notation
+    )
+    kept = [
+        (example.place, text)
+        for example in dataset.examples
+        if (text := left_as_text(example)[0] or next(filter(None, map(in_brackets, example.texts)), ""))
+    ]
+    return {
+        "read": dict(notations.most_common()),
+        "left_as_text": {"questions": len(kept), "place": kept[0][0], "text": kept[0][1]} if kept else None,
+    }
 
 
 def _lengths(texts: Sequence[str], of: Mapping[str, int], dataset: Dataset) -> dict[str, Any]:
@@ -402,6 +426,14 @@ def _facts(content: Mapping[str, Any]) -> Iterator[str]:
             f"{of['min']:,} to {of['max']:,} {unit}, median {of['median']:,}" for unit, of in units.items()
         )
         yield f"{what}s: {lengths}; the longest at {units['characters']['longest']}"
+    boxes = content.get("boxes", {})
+    if boxes.get("read"):
+        yield f"boxes: {sum(boxes['read'].values()):,} read from texts: {_listed(boxes['read'])}"
+    if left := boxes.get("left_as_text"):
+        yield (
+            f"boxes: {left['questions']:,} questions keep coordinates as text, such as {left['text'][:80]!r} "
+            f"at {left['place']}"
+        )
     if content.get("repeated_questions"):
         yield f"questions: {content['repeated_questions']:,} are there again with the same image and answer"
 
@@ -478,6 +510,7 @@ figcaption { font-size: 12px; overflow-wrap: anywhere; }
 <td class="number">{{ "{:,}".format(row.groups) }}</tr>{% endfor %}
 </table>
 <ul>{% for fact in facts %}<li>{{ fact | printable }}{% endfor %}
+{% for line in content.unused %}<li>{{ line | printable }}{% endfor %}
 {% for note in content.notes %}<li>not looked at: {{ note }}{% endfor %}</ul>
 {% endif %}
 <h2>Problems</h2>

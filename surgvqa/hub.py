@@ -19,6 +19,7 @@ from typing import Any
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from surgvqa import grounding
+from surgvqa.datasets.remote import unreachable
 from surgvqa.demo import cached
 from surgvqa.demo.tiny import TINY_MODELS, write_tiny_model
 from surgvqa.recipe import BadInput
@@ -251,13 +252,17 @@ def _special_tokens(path: Path, config: Mapping[str, Any], template: str) -> fro
 def chat_template(path: Path) -> str | None:
     """Return the folder's chat template: chat_template.jinja, else chat_template.json, else the tokenizer's.
 
-    None where there is none. Raises KeyError or ValueError where a file is not what it should be.
+    None where there is none. Raises BadInput or ValueError where a file is not what it should be.
     """
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
-    if (path / "chat_template.json").is_file():
-        return str(_json(path / "chat_template.json", "unreadable chat template")["chat_template"])
+    wrapped = path / "chat_template.json"
+    if wrapped.is_file():
+        text = _json(wrapped, "the chat template cannot be used").get("chat_template")
+        if not isinstance(text, str):
+            raise BadInput(f"the chat template cannot be used: {wrapped} has no text chat_template")
+        return text
     if (path / "tokenizer_config.json").is_file():
         own = _json(path / "tokenizer_config.json", "unreadable tokenizer").get("chat_template")
         return own if isinstance(own, str) else None
@@ -288,9 +293,12 @@ def _download(name: str, revision: str | None, patterns: list[str], fetch: bool 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    why = unreachable(f"the model {name}") if fetch and is_remote(name) else ""
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not fetch)
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, local_files_only=not fetch or bool(why)
+            )
         )
     except HFValidationError:
         raise BadInput(
@@ -299,7 +307,8 @@ def _download(name: str, revision: str | None, patterns: list[str], fetch: bool 
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise BadInput(
-            f"{name}{at}: not in the local cache and could not be fetched ({str(error).splitlines()[0]}). "
+            f"{name}{at}: not in the local cache and could not be fetched "
+            f"({why or str(error).splitlines()[0]}). "
             f"Where there is no connection: fetch it on a machine that has one, with `hf download {name}` "
             "into the same HF_HOME, or give a local folder as model.name"
         ) from None

@@ -66,6 +66,10 @@ class _Ready(Prepared):
         """Boxes are always looked for: what the data had is not known here."""
         return True
 
+    def reads_in_place(self, example: Example) -> bool:
+        """Return True: where the data had its boxes is not known here either."""
+        return True
+
 
 class Predictor:
     """A model in memory that can be asked; made by `load_predictor`.

@@ -119,7 +119,8 @@ def _outline(drawn: Image.Image, canvas: Placement, examples: Sequence[Example],
     counts: Counter[str] = Counter()
     for example in examples:
         boxes = [("asked", region, region.label) for region in example.asked_regions]
-        boxes += [("answered", region, region.label or example.answers[0]) for region in example.regions]
+        words = "" if example.layout else example.answers[0]
+        boxes += [("answered", region, region.label or words) for region in example.regions]
         for kind, region, label in boxes:
             if region.image == number:
                 told = grounding.on_canvas(region, canvas).box

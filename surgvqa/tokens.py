@@ -193,7 +193,9 @@ class ChatTokens:
         if not example.regions:
             return answer
         boxes = grounding.on_canvases(example, example.regions, canvases)
-        return grounding.write_answer(self.folder.family, answer, boxes, len(example.images))
+        return grounding.write_answer(
+            self.folder.family, answer, boxes, len(example.images), layout=example.layout
+        )
 
     def branches(
         self, examples: Sequence[Example], canvases: Mapping[str, Placement] = _NONE

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from surgvqa.recipe import BadInput, Data, Part
+from surgvqa.recipe import MAPPED, BadInput, Data, Part
 
 MODULES = {
     "demo": "demo",
@@ -106,6 +106,12 @@ class Region:
     """Whether `box` runs from 0 to 1 instead of over pixels."""
     of: tuple[int, int] | None = None
     """Width and height of the image whose pixels these are, where the corpus says so."""
+    bare: bool = False
+    """Written as `[x1, y1, x2, y2]` alone, inside JSON of the data's own."""
+    undecided: str = ""
+    """The recipe key that must say whether `box` is in pixels or thousandths, as long as nothing else did."""
+    notation: str = ""
+    """How the text wrote it that it was read from; "" where it comes from a column or an annotation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +136,10 @@ class Example:
     """Boxes that are part of the answer."""
     asked_regions: tuple[Region, ...] = ()
     """Boxes that the question is about."""
+    layout: str = ""
+    """`answers[0]` with `<box>` at the place of each of `regions`; "" where they follow the words."""
+    doubtful: str = ""
+    """Four numbers in brackets in its texts that may be a box and were not read as one."""
     context: tuple[tuple[Example, str], ...] = ()
     """Earlier questions about the images and their answers, which the model reads ahead of the question."""
 
@@ -163,6 +173,8 @@ class Problem:
     """Whether it is about a table or all of the data: nothing that `data.on_error: skip` can leave out."""
     images: tuple[str, ...] = ()
     """Keys of images to look at."""
+    quiet: bool = False
+    """Whether it only says what is not used of the data, for `surgvqa check` to list."""
 
     def __post_init__(self) -> None:
         """What is no UTF-8 in the data is escaped, so that a problem can be written anywhere."""
@@ -184,6 +196,8 @@ def type_of(question: str, forms: Mapping[str, str]) -> str:
 class Dataset:
     examples: Sequence[Example]
     problems: Sequence[Problem]
+    unused: Sequence[str] = ()
+    """What of the data is not used, such as files, columns and further answers, each with its place."""
     leaky: bool = False
     """Whether its split is a corpus's own that is known to have images in several parts."""
 
@@ -241,17 +255,24 @@ def load(data: Data) -> Dataset:
     """
     examples: list[Example] = []
     problems: list[Problem] = []
+    unused: list[str] = []
     first_place: dict[str, str] = {}
     for number, source in enumerate(data.sources):
         known, told = len(examples), len(problems)
         for row in _module(source.format).read(source):
             if isinstance(row, Problem):
-                problems.append(row)
+                if row.quiet:
+                    unused.append(str(row))
+                else:
+                    problems.append(row)
                 continue
             example = _numbered(row, number) if number else row
             if example.id in first_place:
                 where = first_place[example.id]
-                problems.append(Problem(example.place, f"id {example.id!r} is already used at {where}"))
+                what = f"id {example.id!r} is already used at {where}"
+                if source.format in MAPPED:
+                    what += "; if the column names no question, set data.columns: {id: null}"
+                problems.append(Problem(example.place, what))
             else:
                 first_place[example.id] = example.place
                 examples.append(example)
@@ -267,7 +288,7 @@ def load(data: Data) -> Dataset:
         examples, found = _of_stages(examples, data.stages)
         problems += found
     leaky = data.split.by == "official" and all(source.format in LEAKY for source in data.sources)
-    return Dataset(examples, problems, leaky)
+    return Dataset(examples, problems, unused, leaky)
 
 
 def _of_stages(examples: list[Example], stages: Sequence[int]) -> tuple[list[Example], list[Problem]]:
@@ -294,4 +315,11 @@ def _numbered(example: Example, number: int) -> Example:
     # Two slashes are in no path, so no image of the first data set has such a key.
     images = tuple(replace(image, key=f"{number}//{image.key}") for image in example.images)
     renamed = replace(example, id=f"{number}/{example.id}", images=images)
+    if any(region.undecided for region in (*example.regions, *example.asked_regions)):
+        key = f"data.more.{number - 1}.boxes"
+        regions, asked = (
+            tuple(replace(each, undecided=key) if each.undecided else each for each in boxes)
+            for boxes in (example.regions, example.asked_regions)
+        )
+        renamed = replace(renamed, regions=regions, asked_regions=asked)
     return replace(renamed, group=renamed.image_key) if example.group == example.image_key else renamed

@@ -314,7 +314,7 @@ class _Table:
                 continue
             if example is not None and example.image_key == one.image:
                 for region in example.asked_regions:
-                    if region.image == place:
+                    if region.image == place and not region.undecided:  # its unit is for the audit to find
                         box = grounding.source_pixels(region, canvas.source_size).box
                         every.append((ASKED, canvas.to_canvas(box), region.label))
             told = [(EXPECTED, one.reference_regions)]

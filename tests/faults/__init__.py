@@ -32,5 +32,6 @@ CATALOGUE = {
     "F29": "weights that an update made absurd",
     "F30": "an output stream that goes away",
     "F31": "checkpoints that cannot be read",
+    "F33": "data rewritten, same time or size",
     "F35": "values at the edge",
 }

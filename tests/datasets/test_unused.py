@@ -392,6 +392,21 @@ def test_boxes_of_other_toolkits_are_told(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("format", ["json", "jsonl", "parquet"])
+def test_conversations_tell_what_they_do_not_use(folder: Path, format: str) -> None:
+    turns = [{"role": "user", "content": "<image>Q?"}, {"role": "assistant", "content": "no"}]
+    rows = [{"images": ["a.png"], "image_2": "b.png", "keywords": "x", "messages": turns}]
+    write(folder, format, rows).rename(folder / f"x-train.{format}")
+    (folder / f"extra.{format}").write_text("")
+    dataset = load("messages", folder, **SPLIT)
+    assert errors(dataset) == []
+    assert any(w.startswith("columns that are not used: image_2; if they are im") for w in warnings(dataset))
+    assert [line.partition(": ")[2] for line in dataset.unused] == [
+        f"tables that are not read, since their names stand for no part: extra.{format}",
+        "columns that are not used: keywords",
+    ]
+
+
 # ---- other people's files -----------------------------------------------------------------------------
 
 

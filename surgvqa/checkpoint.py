@@ -4,7 +4,7 @@
         .tmp-step-000200/            being written or deleted
         .tmp-replaced-step-000200/   the former one of this step, until the new one is verified
         step-000200/                 what PEFT, transformers and vLLM expect, and nothing else:
-                                     adapter_model.safetensors or model.safetensors, config, tokenizer, processor
+                                     adapter_model.safetensors or model.safetensors, config, tokenizer, ...
             trainer/                 recipe.yaml, state.json, manifest.json, optimizer.safetensors
 
 state.json holds the step, a digest of the training data and, where it was evaluated, the score with minus the
@@ -20,7 +20,6 @@ Training goes on while a `Writer` writes, in a thread of its own, what it copied
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -41,6 +40,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgvqa import memory, recipe
+from surgvqa.digests import Digests, sha256
 from surgvqa.endings import StorageFailure
 from surgvqa.recipe import BadInput, Recipe
 from surgvqa.results import MANIFEST as MANIFEST
@@ -263,7 +263,7 @@ def verify(folder: Path) -> list[str]:
             problems.append(f"{name}: missing")
         elif file.stat().st_size != size:
             problems.append(f"{name}: {file.stat().st_size} bytes instead of {size}")
-        elif _sha256(file) != digest:
+        elif sha256(file) != digest:
             problems.append(f"{name}: content changed")
         elif file.suffix == ".safetensors" and (fault := _unreadable(file)):
             problems.append(f"{name}: {fault}")
@@ -296,6 +296,15 @@ def judged(folder: Path) -> Any:
         return json.loads((folder / STATE).read_text(encoding="utf-8")).get("judged")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
+
+
+def base_of(folder: Path) -> Digests:
+    """Return what a checkpoint's base model held in training. Raises BadInput where its state lacks that."""
+    try:
+        return Digests.model_validate(json.loads((folder / STATE).read_text(encoding="utf-8"))["base"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise BadInput(f"{folder / STATE}: not a checkpoint's state: its base model: {said}") from None
 
 
 def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -410,7 +419,7 @@ def _expected(folder: Path) -> dict[str, tuple[int, str]]:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in _files(folder)
     }
 
@@ -430,14 +439,6 @@ def _mib(size: int) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,6 @@ but in no text of the data.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +28,7 @@ from PIL import Image
 from surgvqa import grounding
 from surgvqa.augment import Placement
 from surgvqa.datasets import Example
-from surgvqa.hub import Folder
+from surgvqa.hub import Folder, chat_template
 from surgvqa.recipe import BadInput
 
 Ints = NDArray[np.int32]
@@ -92,16 +91,16 @@ class ChatTokens:
         self.system = system
         self.instructions = dict(instructions or {})
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-            self.tokenizer.chat_template = _chat_template(folder, self.tokenizer.chat_template)
-            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.path)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder.processor, trust_remote_code=False)
+            self.tokenizer.chat_template = chat_template(folder.processor, folder.name)
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.processor)
             whole = self.render(self._conversation(_QUESTION, _ANSWER))
             prompt = self.render(self._conversation(_QUESTION), add_generation_prompt=True)
         except BadInput:
             raise
         except Exception as error:  # of tokenizers, of transformers, and of jinja2, which runs in a sandbox
             raise BadInput(
-                f"{folder.name}: tokenizer, chat template or image processor in {folder.path} cannot be "
+                f"{folder.name}: tokenizer, chat template or image processor in {folder.processor} cannot be "
                 f"used: {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
         wrong = [
@@ -313,15 +312,3 @@ class ChatTokens:
     def _encode(self, texts: Sequence[str]) -> list[Ints]:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, padding=False)["input_ids"]
         return [np.asarray(ids, np.int32) for ids in encoded]
-
-
-def _chat_template(folder: Folder, from_tokenizer: str | None) -> str:
-    """The folder's template: chat_template.jinja, else chat_template.json, else the tokenizer's own."""
-    jinja, wrapped = folder.path / "chat_template.jinja", folder.path / "chat_template.json"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    if wrapped.is_file():
-        return str(json.loads(wrapped.read_text(encoding="utf-8"))["chat_template"])
-    if from_tokenizer:
-        return from_tokenizer
-    raise BadInput(f"{folder.name}: no chat template in {folder.path}")

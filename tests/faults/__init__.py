@@ -29,4 +29,5 @@ CATALOGUE = {
     "F26": "what trains, how, on what",
     "F27": "a data worker killed",
     "F28": "foreign folders among checkpoints",
+    "F32": "the base model changed between training, resume and evaluation",
 }

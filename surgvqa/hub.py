@@ -201,15 +201,17 @@ def chat_template(path: Path, name: str) -> str:
             continue
         if file.endswith(".jinja"):
             return _text(path / file, f"{name}: unreadable chat template")
-        found = read_json(path / file, f"{name}: unreadable chat template").get("chat_template")
-        if isinstance(found, list):  # the older form of several
-            found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        if isinstance(found, dict):
-            found = found.get("default")
-        if isinstance(found, str):
-            return found
-        if found is not None or file == "chat_template.json":
+        given = read_json(path / file, f"{name}: unreadable chat template").get("chat_template")
+        if given is None and file != "chat_template.json":
+            continue
+        template = given
+        if isinstance(given, list):  # the older form of several
+            given = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
+        if isinstance(given, dict):
+            template = given.get("default")
+        if not isinstance(template, str):
             raise BadInput(f"{name}: chat_template in {path / file} cannot be used: it is not a text")
+        return template
     raise BadInput(f"{name}: no chat template in {path}")
 
 

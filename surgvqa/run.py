@@ -340,6 +340,10 @@ def first_weights(settings: Recipe) -> Path | None:
             )
     elif problems := checkpoint.verify(folder):
         raise BadInput(f"model.adapter: {folder}: {problem}" for problem in problems)
+    if folder.resolve().is_relative_to(Path(settings.output).resolve()):
+        raise BadInput(
+            f"model.adapter: {folder} lies in this run's own output, which --fresh clears; choose another"
+        )
     trained = checkpoint.recipe_of(folder)
     differences = trained.differences(settings)
     adapted = _ADAPTED if settings.model.tune == "lora" else ()

@@ -127,8 +127,8 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "template in another file": (_jinja, r"chat template: line \d+, character \d+: \"\" → \" \""),
     "tokenizer": (_tokenizer, r"tokenizer: tokenizer\.json changed"),
     "processor": (
-        lambda base: _set(base / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),
-        r"image processor: image_mean \[.*\] → \[0\.5, 0\.5, 0\.5\]",
+        lambda base: _set(base / "preprocessor_config.json", image_mean=[0.25, 0.25, 0.25]),
+        r"image processor: image_mean \[.*\] → \[0\.25, 0\.25, 0\.25\]",
     ),
     "config": (lambda base: _set(base / "config.json", rms_norm_eps=0.1), r"config: rms_norm_eps .* → 0\.1"),
 }

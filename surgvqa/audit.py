@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from surgvqa import datasets, scores
+from surgvqa.augment import Placement
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem, splits
-from surgvqa.grounding import as_rows, misplaced
+from surgvqa.grounding import as_rows, misplaced, on_canvases, write_answer
 from surgvqa.letterbox import Rectangle, Size, check_aspect
 from surgvqa.metrics import Prediction, normalise
 from surgvqa.recipe import Part, Recipe, printable
-from surgvqa.scan import ImageFacts, near, scan
+from surgvqa.scan import ImageFacts, alike, near, scan
 
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -35,7 +37,7 @@ _PICTURES = 12
 """How many of the images concerned a problem names for a page to show."""
 
 NEAR = 4
-"""Bits of 64 in which perceptual hashes of near-identical images differ at most."""
+"""Bits of 64 in which the perceptual hashes of copies of a picture differ at most."""
 
 JUNK = frozenset({"nan", "null", "n/a", "#n/a", "na", "undefined", "-", "--", "?", "."})
 """Texts that stand for a missing value, in lower case."""
@@ -243,6 +245,46 @@ def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> It
         )
 
 
+def too_short(
+    recipe: Recipe,
+    dataset: Dataset,
+    parts: Collection[Part],
+    family: str,
+    canvases: Mapping[str, Placement],
+    count: Callable[[Iterable[str]], Mapping[str, int]],
+) -> Iterator[Problem]:
+    """Yield a warning for each part to evaluate in which `eval.max_new_tokens` cuts right answers.
+
+    A question counts if none of its references fits, each with its boxes as the family writes them and its
+    end of turn: whatever the model has learned, its answer cannot be right. `count` gives texts their numbers
+    of tokens. Answers chosen among labels are never cut.
+    """
+    limit = recipe.eval.max_new_tokens
+    for part in PARTS if recipe.eval.answers == "generate" else ():
+        examples = dataset.part(part) if part in parts else []
+        texts = [_written(example, family, canvases) for example in examples]
+        tokens = count(text for own in texts for text in own)
+        lengths = [[tokens[text] + 1 for text in own] for own in texts]
+        long = [place for place, own in enumerate(lengths) if min(own) > limit]
+        if long:
+            needed = max(max(lengths[place]) for place in long)
+            what = (
+                f"{limit} cuts every right answer to {len(long)} of {_count(len(examples), 'question')} of "
+                f"{part}: they have up to {needed} tokens with their end of turn, the first at "
+                f"{examples[long[0]].place}; set {needed} or more"
+            )
+            yield Problem("eval.max_new_tokens", what, warning=True)
+
+
+def _written(example: Example, family: str, canvases: Mapping[str, Placement]) -> list[str]:
+    """Return an example's references as the model would write them."""
+    answers = [answer.strip() for answer in example.answers]
+    if not example.regions or not all(image.key in canvases for image in example.images):
+        return answers
+    boxes = on_canvases(example, example.regions, canvases)
+    return [write_answer(family, answer, boxes, len(example.images)) for answer in answers]
+
+
 def audit(
     dataset: Dataset,
     *,
@@ -305,16 +347,19 @@ def audit(
     problems += _parts(dataset, trains)
     problems += _leaks(uses, by, dataset.leaky)
     problems += _copies(facts, uses, dataset.leaky)
-    problems += _near(facts, uses)
+    copies, unlooked = _near(facts, uses, refs)
+    problems += copies
     problems += _junk(dataset)
     problems += _boxes_alone(dataset)
     problems += _unseen_answers(dataset)
+    problems += _spellings(dataset)
     problems += _conflicts(dataset)
     problems.sort(key=lambda problem: problem.warning)
     if found.unkept:
         what = f"cannot be written, so the images will be decoded again next time: {found.unkept}"
         problems.append(Problem("$SURGVQA_CACHE", what, warning=True))
-    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), counts, list(_unseen(facts)))
+    notes = [*_unseen(facts), *unlooked]
+    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), counts, notes)
 
 
 def _too_long(found: Mapping[str, ImageFacts], crop: str) -> dict[str, str]:
@@ -482,31 +527,62 @@ def _copies(
             yield Problem("split", what, warning, images=_few(key for pair in pairs for key in pair))
 
 
-def _near(facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]]) -> Iterator[Problem]:
-    """Images of val or test that look like one of another part, though their bytes differ.
+_CANDIDATES = 8
+"""So many images with the nearest hashes are compared with one by their pixels."""
 
-    Up to NEAR bits apart are the same picture after another compression, scaling or brightness, and frames of
-    a video that follow each other; cropped by a twentieth it is further off.
+
+def _near(
+    facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]], refs: Mapping[str, ImageRef]
+) -> tuple[list[Problem], list[str]]:
+    """Return warnings of images of val or test that are copies of one of another part, though their bytes
+    differ, and notes on what was not looked at.
+
+    Perceptual hashes within NEAR bits find candidates, pixels decide (`scan.alike`): a copy after another
+    compression, scaling or brightness counts, the next frame of a video does not unless nothing moved. A copy
+    that is cropped by a twentieth is not found.
     """
     names: dict[str, list[str]] = {part: [] for part in PARTS}
     for key, image in facts.items():
         if image.phash:
             names[uses[key][0].split or "train"].append(key)
-    for part, earlier in (("val", ["train"]), ("test", ["train", "val"])):
-        own = names[part]
-        others = [key for other in earlier for key in names[other]]
+    found: list[tuple[Part, list[Part], list[tuple[str, str, int]]]] = []
+    for part, earlier in _EARLIER.items():
+        own, others = names[part], [key for other in earlier for key in names[other]]
         ours, theirs = ([facts[key].phash or "" for key in keys] for keys in (own, others))
-        pairs = [(own[a], others[b], bits) for a, b, bits in near(ours, theirs, NEAR)]
+        pairs = [(own[a], others[b], bits) for a, b, bits in near(ours, theirs, NEAR, _CANDIDATES)]
         pairs = [pair for pair in pairs if facts[pair[0]].digest != facts[pair[1]].digest]
-        if pairs:
-            pairs.sort(key=lambda pair: pair[2])
-            listed = _some([f"{key} ~ {other}" for key, other, _ in pairs])
+        found.append((part, earlier, sorted(pairs, key=lambda pair: pair[2])))
+    every = [pair for _, _, pairs in found for pair in pairs]
+    verdicts = (
+        iter(alike([(refs[one], refs[other]) for one, other, _ in every], facts)) if every else iter(())
+    )
+    problems, unknown = [], set()
+    for part, earlier, pairs in found:
+        copies: dict[str, str] = {}
+        for (key, other, _), verdict in zip(pairs, verdicts, strict=False):
+            if verdict:
+                copies.setdefault(key, other)
+            elif verdict is None:
+                unknown.add(key)
+        unknown -= copies.keys()
+        if copies:
+            listed = _some([f"{key} ~ {other}" for key, other in copies.items()])
             what = (
-                f"{len(pairs)} of {len(own)} images look like one of {' or '.join(earlier)} "
-                f"(perceptual hashes within {NEAR} of 64 bits): {listed}"
+                f"{len(copies)} of {len(names[part])} images are copies of one of {' or '.join(earlier)}, "
+                f"saved again (the same picture by perceptual hash and pixels): {listed}"
             )
-            shown = _few(key for *pair, _ in pairs for key in pair)
-            yield Problem(part, what, warning=True, images=shown)
+            shown = _few(key for pair in copies.items() for key in pair)
+            problems.append(Problem(part, what, warning=True, images=shown))
+    notes = []
+    if unknown:
+        notes.append(
+            f"whether {_count(len(unknown), 'image')} with a hash like one of another part show the same "
+            "picture; the next check goes on with them"
+        )
+    return problems, notes
+
+
+_EARLIER: dict[Part, list[Part]] = {"val": ["train"], "test": ["train", "val"]}
 
 
 def _junk(dataset: Dataset) -> Iterator[Problem]:
@@ -543,6 +619,53 @@ def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
             have = "has" if unseen.total() == 1 else "have"
             what = f"{unseen.total()} of {len(examples)} questions {have} an answer never seen in train"
             yield Problem(part, f"{what}: {_counted(unseen)}", warning=True)
+
+
+def _spellings(dataset: Dataset) -> Iterator[Problem]:
+    """Yield a warning for each question type in which answers differ only in case or punctuation.
+
+    Exact match tells them apart, and so do the prior and class weights. Forms that the corpus's own closed
+    set has side by side are left alone.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    first: dict[tuple[str, str], Example] = {}
+    labels = {normalise(label) for own in {example.labels for example in dataset.examples} for label in own}
+    for example in dataset.examples:
+        for answer in map(normalise, example.answers):
+            if answer.lower() in JUNK:  # told by itself
+                continue
+            counts[example.question_type][answer] += 1
+            first.setdefault((example.question_type, answer), example)
+    for kind, answers in sorted(counts.items()):
+        forms: dict[str, list[str]] = defaultdict(list)
+        for answer, _ in answers.most_common():
+            forms[_letters(answer)].append(answer)
+        several = [same for same in forms.values() if len(same) > 1 and not labels.issuperset(same)]
+        if several:
+            listed = "; ".join(
+                " and ".join(f"{answer!r} ({answers[answer]})" for answer in same)
+                for same in several[:_SHOWN]
+            )
+            more = "; ..." if len(several) > _SHOWN else ""
+            what = (
+                f"{_count(len(several), 'answer')} of the type {kind} written in ways that differ only in "
+                f"case or punctuation, which exact match tells apart: {listed}{more}; write each in one way"
+            )
+            yield Problem(first[kind, several[0][1]].place, what, warning=True)
+
+
+def _letters(answer: str) -> str:
+    """Return an answer without case, blanks and punctuation, but for those beside a digit: 1.5 is not 15."""
+    text = answer.casefold()
+    return (
+        "".join(
+            letter
+            for place, letter in enumerate(text)
+            if not (letter == " " or unicodedata.category(letter).startswith("P"))
+            or any(beside.isdigit() for beside in (text[place - 1 : place], text[place + 1 : place + 2]))
+        )
+        or text
+    )
 
 
 def _conflicts(dataset: Dataset) -> Iterator[Problem]:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgvqa.endings import writing_to
 from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, bootstrap, interval, p_value
 from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput, printable
 from surgvqa.results import choose, evaluations
-from surgvqa.scores import FEW, MARKS, Bucket, Scored, marks, read
+from surgvqa.scores import FEW, MARKS, Bucket, Scored, bounds, marks, read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +53,8 @@ class Difference:
     b: float
     difference: float
     interval: tuple[float, float] | None
-    """95 %, from resamples of the groups; None where no two resamples differ."""
+    """95 %, from resamples of the groups. Where no two differ: `intervals.constant` for exact match, None for
+    other scores."""
     p: float | None
     """Two-sided, from the same resamples."""
     p_holm: float | None = None
@@ -162,6 +164,11 @@ def compare(
     overall, *types = _compared(
         scored, [(scored[0].overall, scored[1].overall), *pairs.values()], resamples, seed
     )
+    cut = [
+        f"{run.path}: {sum(row.cut for row in rows)} of {len(rows)} answers were cut at eval.max_new_tokens"
+        for run, rows in ((a, common), (b, others))
+        if any(row.cut for row in rows)
+    ]
     comparison = Comparison(
         a=a,
         b=b,
@@ -174,7 +181,7 @@ def compare(
         by_type=_corrected(dict(zip(pairs, types, strict=True))),
         notes=[],
     )
-    return replace(comparison, notes=_notes(comparison))
+    return replace(comparison, notes=[*_notes(comparison), *cut])
 
 
 def _load(path: Path, split: str | None) -> tuple[Side, list[Prediction]]:
@@ -230,13 +237,16 @@ def _compared(
     found = []
     for one, two in pairs:
         a, b, draws_a, draws_b = values(one), values(two), columns(one), columns(two)
+        n, groups = len(one.rows), len(np.unique(scored[0].group[one.rows]))
         differences = {}
         for name, value in a.items():
             other = b.get(name)
             if value is not None and other is not None:
                 change = draws_b[name] - draws_a[name]
-                differences[name] = Difference(value, other, other - value, interval(change), p_value(change))
-        n, groups = len(one.rows), len(np.unique(scored[0].group[one.rows]))
+                ends = interval(change)
+                if ends is None and name == "exact":  # a difference of two shares, as above_prior is
+                    ends = bounds("above_prior", other - value, groups)
+                differences[name] = Difference(value, other, other - value, ends, p_value(change))
         test = _mcnemar(scored[0].right[one.rows], scored[1].right[one.rows])
         found.append(Compared(n, n < FEW, groups, groups < FEW_GROUPS, differences, test))
     return found
@@ -367,10 +377,11 @@ def show(found: Comparison, out: Path) -> None:
     console.print(kinds)
     for note in [*(f"{mark} {MARKS[mark]}" for mark in sorted(marked)), *found.notes]:
         console.print(note, soft_wrap=True)
-    out.mkdir(parents=True, exist_ok=True)
     files = out / "compare.json", out / "compare.svg"
-    files[0].write_text(json.dumps(found.row(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    files[1].write_text(drawing(found), encoding="utf-8")
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(json.dumps(found.row(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files[1].write_text(drawing(found), encoding="utf-8")
     console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
 
 

@@ -29,7 +29,7 @@ from rich.table import Table
 
 import surgvqa
 from surgvqa import digests, hub, letterbox
-from surgvqa.audit import PARTS, load_and_audit, repeated, report
+from surgvqa.audit import PARTS, load_and_audit, repeated, report, too_short
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem
 from surgvqa.hub import Folder
 from surgvqa.metrics import Prior, exact, normalise
@@ -193,6 +193,17 @@ def examine(
         if settings.image.crop == "border":
             sizes |= {key: (x2 - x1, y2 - y1) for key, (x1, y1, x2, y2) in found.pictures.items()}
         problems += _too_long(dataset, sizes, settings, folder, tokens)
+        asked = [example for part in settings.eval.parts for example in dataset.part(part)]
+        canvases = {
+            image.key: letterbox.canvas_of(
+                found.sizes[image.key], settings.image, folder.factor, found.pictures.get(image.key)
+            )
+            for example in asked
+            if example.regions
+            for image in example.images
+            if image.key in found.facts
+        }
+        problems += too_short(settings, dataset, settings.eval.parts, folder.family, canvases, tokens)
     problems.sort(key=lambda problem: problem.warning)
     content = {
         **about,

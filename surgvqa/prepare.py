@@ -27,7 +27,7 @@ from scipy.sparse.csgraph import connected_components
 
 from surgvqa import checkpoint as checkpoints
 from surgvqa import corrupt, datasets, digests, hub, letterbox, model, processes
-from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
+from surgvqa.audit import Audit, closed_set, condensed, load_and_audit, too_short
 from surgvqa.datasets import splits
 from surgvqa.digests import Digests
 from surgvqa.metrics import Prior, class_weights, normalise
@@ -200,6 +200,13 @@ class Prepared:
     def grounded(self) -> bool:
         """Whether any answer of the data has boxes, so that boxes are looked for in what the model writes."""
         return any(example.regions for example in self.dataset.examples)
+
+    def too_short(self, parts: Collection[Part]) -> list[str]:
+        """Return warnings of parts to evaluate with references longer than `eval.max_new_tokens`."""
+        found = too_short(
+            self.recipe, self.dataset, parts, self.folder.family, self.canvases, self.chat.lengths
+        )
+        return condensed(found)
 
     def prior(self) -> Prior:
         return Prior(self.dataset.part("train"))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, Tally, bootstrap, interval, summed
+from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, Tally, bootstrap, constant, interval, summed
 from surgvqa.metrics import Prediction, Prior, exact, matches, normalise
 from surgvqa.recipe import BadInput
 
@@ -46,6 +46,10 @@ CLASSES = (
     "ssg_maf1",
     "ssg_wf1",
 )
+
+SCALES = {"exact": (0.0, 1.0), "prior": (0.0, 1.0), "above_prior": (-1.0, 1.0)}
+"""Shares of questions and their difference: the ends of their scales, by which they have an interval also
+where every group has the same value."""
 
 Rows = NDArray[np.intp]
 
@@ -228,6 +232,10 @@ class Scored:
             return []
         overlaps = [_legacy_first(row) if row.reference_regions else 0.0 for row in own]
         return [Tally(("iou",), self._sums(rows, np.column_stack([overlaps, expected])), _share)]
+
+    def cut(self, rows: Rows) -> int:
+        """Return how many answers were cut at `eval.max_new_tokens`."""
+        return sum(row.cut for row in self._of(rows))
 
     def boxes(self, rows: Rows) -> int:
         """How many questions expect boxes."""
@@ -434,17 +442,19 @@ def score(
 def values(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
     """`n`, `exact`, `prior` and every other score that applies to the questions as a whole; no intervals.
 
-    None where a score is not defined. `boxes` is how many questions expect boxes, where any does.
+    None where a score is not defined. `boxes` is how many questions expect boxes, where any does, and `cut`
+    how many answers were cut at `eval.max_new_tokens`, where any was.
     """
     scored = Scored(predictions, prior if prior.overall else None, whole=True)
     told = {name: value for tally in scored.overall.scores for name, value in tally.told().items()}
-    boxes = scored.boxes(scored.overall.rows)
+    boxes, cut = scored.boxes(scored.overall.rows), scored.cut(scored.overall.rows)
     return {
         "n": len(predictions),
         "exact": None,
         "prior": None,
         **told,
         **({"boxes": boxes} if boxes else {}),
+        **({"cut": cut} if cut else {}),
     }
 
 
@@ -461,26 +471,42 @@ def why_not(name: str, predictions: Sequence[Prediction]) -> str | None:
 def _described(scored: Scored, bucket: Bucket, samples: Mapping[int, Array]) -> dict[str, Any]:
     n, groups = len(bucket.rows), len(np.unique(scored.group[bucket.rows]))
     described: dict[str, Any] = {"n": n, "few": n < FEW, "groups": groups, "few_groups": groups < FEW_GROUPS}
-    described |= {"exact": None, "prior": None, **_valued(bucket.scores, samples), "absent": bucket.absent}
+    values = _valued(bucket.scores, samples, groups)
+    described |= {"exact": None, "prior": None, **values, "absent": bucket.absent}
+    if cut := scored.cut(bucket.rows):
+        described["cut"] = cut
     if boxes := scored.boxes(bucket.rows):
         described["boxes"] = boxes
     if reliability := scored.reliability(bucket.rows):
         described["reliability"] = reliability
     if bucket.legacy:
-        described["legacy"] = _valued(bucket.legacy, samples)
+        described["legacy"] = _valued(bucket.legacy, samples, groups)
     return described
 
 
-def _valued(tallies: Sequence[Tally], samples: Mapping[int, Array]) -> dict[str, Any]:
-    """Score → value, and `intervals`: score → lower and upper end."""
+def _valued(tallies: Sequence[Tally], samples: Mapping[int, Array], groups: int) -> dict[str, Any]:
+    """Return score → value, and `intervals`: score → lower and upper end, of a bucket with so many groups."""
     found: dict[str, float | None] = {}
     intervals = {}
     for tally in tallies:
-        found |= tally.told()
-        for name, column in zip(tally.names, samples[id(tally)].T if samples else (), strict=bool(samples)):
-            if ends := interval(column):
+        told = tally.told()
+        found |= told
+        for place, (name, value) in enumerate(told.items()):
+            ends = interval(samples[id(tally)][:, place]) if samples else None
+            if ends := ends or bounds(name, value, groups):
                 intervals[name] = list(ends)
     return {**found, "intervals": intervals}
+
+
+def bounds(name: str, value: float | None, groups: int) -> tuple[float, float] | None:
+    """Return the interval of a score that no resample changes, from the number of groups alone.
+
+    None where the value is not at 0 or at an end of the scale of a share, so that groups may differ after all
+    (a single one has no resamples), and for other scores.
+    """
+    if name not in SCALES or value not in (0, *SCALES[name]):
+        return None
+    return constant(value, groups, *SCALES[name])
 
 
 def _by_group(scored: Scored) -> dict[str, dict[str, Any]]:
@@ -500,12 +526,12 @@ def _by_group(scored: Scored) -> dict[str, dict[str, Any]]:
 def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """`score`'s result as rows (what, questions, exact %, its interval, prior %), the whole first.
 
-    * marks fewer than 20 questions, † fewer than 10 groups.
+    Marks at the number of questions: see MARKS.
     """
     return [
         (
             name,
-            f"{row['n']}{marks(row['few'], row['few_groups'])}",
+            f"{row['n']}{marks(row['few'], row['few_groups'], row.get('cut', 0))}",
             percent(row["exact"]),
             " – ".join(map(percent, row["intervals"].get("exact", ()))) or "-",
             percent(row["prior"]),
@@ -517,12 +543,13 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
 MARKS = {
     "*": f"fewer than {FEW} questions",
     "†": f"fewer than {FEW_GROUPS} groups: do not trust the interval",
+    "‡": "answers were cut at eval.max_new_tokens; raise it",
 }
 
 
-def marks(few: bool, few_groups: bool) -> str:
-    """What stands behind a number of questions, see MARKS."""
-    return "*" * few + "†" * few_groups
+def marks(few: bool, few_groups: bool, cut: int = 0) -> str:
+    """Return what stands behind a number of questions, see MARKS; `cut` counts answers that were cut."""
+    return "*" * few + "†" * few_groups + "‡" * bool(cut)
 
 
 def percent(share: float | None) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from surgvqa import checkpoint, recipe, results
 from surgvqa.datasets import Example
 from surgvqa.digests import Digests
+from surgvqa.endings import file_errors
 from surgvqa.recipe import BadInput, Part, Recipe
 
 _DECIDING = (
@@ -107,6 +108,7 @@ def _in_its_run(found: Path, run: Path) -> bool:
     return found.resolve().parent.parent == run.resolve()
 
 
+@file_errors()
 def model_of(
     source: str | Path,
     recipe_file: str | os.PathLike[str] | None = None,

@@ -12,7 +12,7 @@ al. 2024, section 2.1): text counts up in all three axes, an image of h × w tok
 (p, p + row, p + column), and what follows continues at p + max(h, w).
 
 Boxes are text, written as surgvqa.grounding does for the family; its special tokens may stand in a branch,
-but in no text of the data.
+but in no text of the data. Nor may any other structural token (`Folder.special_tokens`).
 """
 
 from __future__ import annotations
@@ -113,11 +113,16 @@ class ChatTokens:
             raise BadInput(wrong)
         self.end_of_turn: int = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.stop_ids = (self.end_of_turn, self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-        self._unspoken = frozenset(
+        structural = frozenset(
             token
             for token, added in self.tokenizer.added_tokens_decoder.items()
-            if added.special and added.content not in grounding.TOKENS
+            if added.content in folder.special_tokens
         )
+        self._unspoken = {
+            False: structural,
+            True: structural - frozenset(self.tokenizer.convert_tokens_to_ids(list(grounding.TOKENS))),
+        }
+        """Boxes wanted or not → tokens that are left out of answers."""
         root, cut, branch = whole.rpartition("<|vision_end|>")
         self._root_text = root + cut
         self._before, found, rest = branch.partition(_QUESTION)
@@ -293,17 +298,28 @@ class ChatTokens:
         return np.asarray(processed["pixel_values"], np.float32)
 
     def text(self, ids: Sequence[int], *, boxes: bool = False) -> str:
-        """Generated ids as an answer, without special tokens but, with `boxes`, those around boxes."""
-        if boxes:
-            ids = [token for token in ids if token not in self._unspoken]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=not boxes)).strip()
+        """Return generated ids as an answer, without structural tokens but, with `boxes`, those around boxes.
+
+        Other added tokens stay, whatever the tokenizer's flag says: `<think>`, or one of the user's own.
+        """
+        left = [token for token in ids if token not in self._unspoken[boxes]]
+        return str(self.tokenizer.decode(left, skip_special_tokens=False)).strip()
 
     def unspecial(self, text: str) -> str:
-        """The text without special tokens, so that what a model wrote can stand in a question."""
+        """Return the text without structural tokens, so that what a model wrote can stand in a question."""
         while found := [token for token in self.folder.special_tokens if token in text]:
             for token in found:
                 text = text.replace(token, "")
         return " ".join(text.split())
+
+    def lengths(self, texts: Iterable[str]) -> dict[str, int]:
+        """Return how many tokens each text has, without those of the conversation around it."""
+        distinct = list(dict.fromkeys(texts))
+        counted: dict[str, int] = {}
+        for start in range(0, len(distinct), _PAIRS):
+            some = distinct[start : start + _PAIRS]
+            counted.update(zip(some, map(len, self._encode(some)), strict=True))
+        return counted
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token as text, for showing."""

@@ -251,13 +251,13 @@ def test_a_real_model_does_not_train_on_the_cpu_by_mistake(
     folder = Path(shutil.copytree(hub.find("tiny-qwen2-vl").path, recipe.parent / "model"))
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "num_hidden_layers": 3000}))
+    file.write_text(json.dumps({**config, "intermediate_size": 10**7}))
     (recipe.parent / "data" / "2.png").unlink()
     said = fails(recipe, capsys, f"model.name={folder}")
     assert f"no GPU that CUDA can use, and {folder} would take weeks on the CPU: it has" in said
     assert "2.png" not in said, "found at once, before images are decoded"
     # What is wrong with the model itself is told first.
-    file.write_text(json.dumps({**config, "num_hidden_layers": 3000, "model_type": "qwen2_5_vl"}))
+    file.write_text(json.dumps({**config, "intermediate_size": 10**7, "model_type": "qwen2_5_vl"}))
     for command in ("train", "check"):
         said = fails(recipe, capsys, f"model.name={folder}", command=command)
         assert "model_type is 'qwen2_5_vl'" in said

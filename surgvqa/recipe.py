@@ -227,13 +227,14 @@ class Model(_Section):
     name: Place = Field(min_length=1)
     """Hub id, local folder, or `tiny-qwen2-vl` / `tiny-qwen3-vl` (random weights, for trying things out)."""
     revision: Revision | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a hub id; `null` is its main branch. The commit that it is when a run begins
+    is recorded, and used when the run goes on or is evaluated."""
     tune: Literal["lora", "full"] = "lora"
     """`lora`: adapters on a frozen language model; `full`: all of the language model."""
     adapter: Place | None = None
     """A former run, or one of its checkpoints, whose trained weights a new run begins with: its adapters, or
-    with `tune: full` its whole model. Of a run it is the best checkpoint, else the newest. `name`,
-    `revision` and `tune` must be that run's, and with `lora` what is adapted; all else begins anew."""
+    with `tune: full` its whole model. Of a run it is the best checkpoint, else the newest. `tune` must be
+    that run's, and with `lora` what is adapted; the base model must hold the same; all else begins anew."""
     train_vision: bool = False
     """Train the vision tower too (without its mergers)."""
     train_merger: bool = False

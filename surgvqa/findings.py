@@ -28,9 +28,11 @@ from rich import box
 from rich.table import Table
 
 import surgvqa
-from surgvqa import letterbox
-from surgvqa.audit import PARTS, load_and_audit, repeated, report
+from surgvqa import digests, hub, letterbox
+from surgvqa.audit import PARTS, load_and_audit, repeated, report, too_short
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem
+from surgvqa.datasets.boxes import in_brackets
+from surgvqa.grounding import left_as_text
 from surgvqa.hub import Folder
 from surgvqa.metrics import Prior, exact, normalise
 from surgvqa.recipe import BadInput, Recipe, printable
@@ -88,6 +90,8 @@ class Findings:
         content = self.content
         yield f"{content['recipe']}: {_size(content)}"
         yield from _facts(content)
+        if summary := content["model"].get("summary"):
+            yield f"model: {content['model']['name']}; SHA-256 of its {summary}"
         yield from (f"data: {printable(line)}" for line in content["unused"])
         yield from (f"not looked at: {note}" for note in content["notes"])
 
@@ -143,13 +147,20 @@ class Findings:
 
 
 def examine(
-    name: str, settings: Recipe, folder: Folder | None, *, headers: bool = False, progress: bool = False
+    name: str,
+    settings: Recipe,
+    folder: Folder | None,
+    wrong: Sequence[str] = (),
+    *,
+    headers: bool = False,
+    progress: bool = False,
 ) -> Findings:
     """Audit a recipe's data. What makes it impossible to read at all is in the findings too.
 
-    `name` is the recipe's, for people; `folder` the model's, None where it is not here; `headers`: images are
-    not decoded.
+    `name` is the recipe's, for people; `folder` the model's, None where it is not here; `wrong` what is wrong
+    with the model; `headers`: images are not decoded, and of large weights blocks are read.
     """
+    of_model = [Problem(name, problem, whole=True) for problem in wrong]
     about = {
         "version": VERSION,
         "surgvqa": surgvqa.__version__,
@@ -161,28 +172,52 @@ def examine(
     try:
         dataset, found = load_and_audit(settings, special, headers=headers, progress=progress)
     except BadInput as error:
-        problems = [Problem(name, problem, whole=True) for problem in error.problems]
+        problems = [*of_model, *(Problem(name, problem, whole=True) for problem in error.problems)]
         return Findings({**about, "problems": [_problem(problem) for problem in problems]}, problems, {})
     refs = {image.key: image for example in dataset.examples for image in example.images}
     tokens = _tokens_of(folder)
     notes = list(found.notes)
+    model: dict[str, Any] = {"name": settings.model.name}
+    if folder:
+        if missing := [] if folder.tiny else hub.missing_weights(folder.path, folder.name):
+            notes.append(f"the model's weights: {', '.join(missing[:3])} not in {folder.path}")
+        else:
+            try:
+                of_folder = digests.of(folder, whole=not headers)
+                model |= {"revision": folder.revision, "digests": of_folder.model_dump(exclude={"commit"})}
+                model["summary"] = of_folder.summary()
+            except BadInput as error:
+                of_model += [Problem(name, problem, whole=True) for problem in error.problems]
     if tokens is None:
         notes.append("lengths in tokens: the model's tokenizer.json is not here")
-    problems = list(found.problems)
+    problems = [*of_model, *found.problems]
     if folder and tokens:
         sizes = found.sizes
         if settings.image.crop == "border":
             sizes |= {key: (x2 - x1, y2 - y1) for key, (x1, y1, x2, y2) in found.pictures.items()}
         problems += _too_long(dataset, sizes, settings, folder, tokens)
+        asked = [example for part in settings.eval.parts for example in dataset.part(part)]
+        canvases = {
+            image.key: letterbox.canvas_of(
+                found.sizes[image.key], settings.image, folder.factor, found.pictures.get(image.key)
+            )
+            for example in asked
+            if example.regions
+            for image in example.images
+            if image.key in found.facts
+        }
+        problems += too_short(settings, dataset, settings.eval.parts, folder.family, canvases, tokens)
     problems.sort(key=lambda problem: problem.warning)
     content = {
         **about,
+        "model": model,
         "notes": notes,
         "unused": found.unused,
         "parts": {part: part_counts(dataset.part(part)) for part in PARTS},
         "question_types": type_counts(dataset),
         "repeated_questions": repeated(dataset),
         "texts": _texts(dataset, tokens),
+        "boxes": _boxes(dataset),
         "images": {
             **_images(found.facts),
             "decoded_now": 0 if headers else found.decoded,
@@ -242,12 +277,12 @@ def _right(prior: Prior, examples: Sequence[Example]) -> float | None:
 
 def _tokens_of(folder: Folder | None) -> Callable[[Iterable[str]], dict[str, int]] | None:
     """What counts the tokens of texts with the model's own vocabulary; None where that is not here."""
-    if folder is None or not (folder.path / "tokenizer.json").is_file():
+    if folder is None or not (folder.processor / "tokenizer.json").is_file():
         return None
     from tokenizers import Tokenizer  # brings no torch
 
     try:
-        tokenizer = Tokenizer.from_file(str(folder.path / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(folder.processor / "tokenizer.json"))
     except Exception:  # tokenizers has no narrower one; training says what is wrong with the file
         return None
 
@@ -272,6 +307,25 @@ def _texts(
         if texts:
             found[what] = {unit: _lengths(texts, of, dataset) for unit, of in units.items()}
     return found
+
+
+def _boxes(dataset: Dataset) -> dict[str, Any]:
+    """Return how many boxes were read from texts, by their notation, and which coordinates texts keep."""
+    notations = Counter(
+        region.notation
+        for example in dataset.examples
+        for region in (*example.asked_regions, *example.regions)
+        if region.notation
+    )
+    kept = [
+        (example.place, text)
+        for example in dataset.examples
+        if (text := left_as_text(example)[0] or next(filter(None, map(in_brackets, example.texts)), ""))
+    ]
+    return {
+        "read": dict(notations.most_common()),
+        "left_as_text": {"questions": len(kept), "place": kept[0][0], "text": kept[0][1]} if kept else None,
+    }
 
 
 def _lengths(texts: Sequence[str], of: Mapping[str, int], dataset: Dataset) -> dict[str, Any]:
@@ -393,6 +447,14 @@ def _facts(content: Mapping[str, Any]) -> Iterator[str]:
             f"{of['min']:,} to {of['max']:,} {unit}, median {of['median']:,}" for unit, of in units.items()
         )
         yield f"{what}s: {lengths}; the longest at {units['characters']['longest']}"
+    boxes = content.get("boxes", {})
+    if boxes.get("read"):
+        yield f"boxes: {sum(boxes['read'].values()):,} read from texts: {_listed(boxes['read'])}"
+    if left := boxes.get("left_as_text"):
+        yield (
+            f"boxes: {left['questions']:,} questions keep coordinates as text, such as {left['text'][:80]!r} "
+            f"at {left['place']}"
+        )
     if content.get("repeated_questions"):
         yield f"questions: {content['repeated_questions']:,} are there again with the same image and answer"
 

@@ -24,10 +24,10 @@ from PIL import Image
 from surgvqa import hub, letterbox, processes
 from surgvqa.audit import closed_set
 from surgvqa.datasets import Dataset, Example, ImageRef, Region, normalise
-from surgvqa.evaluation import answers_of, prediction_of
+from surgvqa.evaluation import Reply, answers_of, prediction_of
 from surgvqa.letterbox import Canvas
 from surgvqa.plan import trees_of
-from surgvqa.prepare import Prepared
+from surgvqa.prepare import Prepared, check_device, resolve_model
 from surgvqa.recipe import BadInput, Recipe
 from surgvqa.sources import model_of
 from surgvqa.tokens import ChatTokens
@@ -54,6 +54,8 @@ class Answer:
     regions: tuple[Region, ...] = ()
     """The boxes that the model wrote: `box` is (x1, y1, x2, y2) in pixels of the upright image as it was
     given, 0 the left or upper edge of its first pixel; `label` what is in it; `image` which, from 0."""
+    cut: bool = False
+    """Whether the answer was cut at the recipe's `eval.max_new_tokens`, before the model ended it."""
 
 
 class _Ready(Prepared):
@@ -62,6 +64,10 @@ class _Ready(Prepared):
     @functools.cached_property
     def grounded(self) -> bool:
         """Boxes are always looked for: what the data had is not known here."""
+        return True
+
+    def reads_in_place(self, example: Example) -> bool:
+        """Return True: where the data had its boxes is not known here either."""
         return True
 
 
@@ -77,11 +83,12 @@ class Predictor:
     """The folder of its trained weights; None for a model as it was published."""
     device: torch.device
 
-    def __init__(self, settings: Recipe, folder: Path | None, device: torch.device) -> None:
+    def __init__(
+        self, settings: Recipe, folder: Path | None, device: torch.device, found: hub.Folder
+    ) -> None:
         """Use `load_predictor`, which finds what to give."""
         self.recipe, self.checkpoint, self.device = settings, folder, device
         self._compute = processes.compute(settings.train.precision, settings.model.attn, device)
-        found = hub.find(settings.model.name, settings.model.revision)
         prompt = settings.prompt
         chat = ChatTokens(found, system=prompt.system, instructions=prompt.instructions)
         self._prepared = _Ready(settings, found, chat, Dataset([], []), {}, {}, [], [], {})
@@ -105,8 +112,9 @@ class Predictor:
         most probable of them is chosen (of equals the first) and each gets a probability; with none (`[]`)
         the model writes. By default it does what the recipe's `eval.answers` says, with the labels that
         `data.labels` has for the type. Raises BadInput where an image cannot be read, where a text is empty
-        or holds a special token of the model, where labels are needed and not known, and where all of it
-        is longer than `batch.tokens_per_micro_batch`. A question cannot point at boxes, as those of data can.
+        or holds a structural token of the model, such as `<|im_end|>`, where labels are needed and not known,
+        and where all of it is longer than `batch.tokens_per_micro_batch`. A question cannot point at boxes,
+        as those of data can.
         """
         return self.ask_all(image, [question], question_types=[question_type], labels=labels)[0]
 
@@ -145,13 +153,13 @@ class Predictor:
         )
         plan = prepared.plan(asked)
         trees = trees_of(plan.image) if plan.trees else [[number] for number in range(len(examples))]
-        found: dict[int, tuple[str, dict[str, float] | None]] = {}
+        found: dict[int, Reply] = {}
         for micro_batch in plan.share(trees, 1)[0]:
             pack = asked.pack(micro_batch, asked=True, cuda=self.device.type == "cuda").to(self.device)
             numbers = [number for tree in micro_batch for number in tree]
             answers = answers_of(self._network, prepared, asked, numbers, pack, self._compute)
             found.update(zip(numbers, answers, strict=True))
-        return [_answer(prepared, example, *found[number]) for number, example in enumerate(examples)]
+        return [_answer(prepared, example, found[number]) for number, example in enumerate(examples)]
 
     def _labels(self, examples: Sequence[Example], given: Sequence[str] | None) -> list[Sequence[str]] | None:
         """The closed set of each question; None where the model is to write."""
@@ -199,6 +207,7 @@ def load_predictor(
     recipe: str | os.PathLike[str] | None = None,
     overrides: Iterable[str] = (),
     device: str | torch.device | None = None,
+    accept_changes: bool = False,
 ) -> Predictor:
     """A model that can be asked. No data are read.
 
@@ -207,15 +216,17 @@ def load_predictor(
     hold; without one: a letterbox of 768 pixels, no prompts of our own, bf16. A checkpoint brings its recipe.
     `overrides` change recipe keys, such as `eval.max_new_tokens=200`; those that an evaluation was given must
     be given here too for the same answers. `device` is by default the first GPU;
-    name `cpu` where a real model is to compute there. Sets TF32 for the process, as evaluation does. Raises
+    name `cpu` where a large model is to compute there. A base model that is not what the checkpoint was
+    trained on is refused, unless `accept_changes`. Sets TF32 for the process, as evaluation does. Raises
     BadInput saying what is wrong with source, recipe, model or device.
     """
     settings, folder = model_of(os.fspath(source), recipe, list(overrides), otherwise=_ZERO_SHOT)
+    found = resolve_model(settings, folder, accept_changes).folder
     if device is None:
         gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
         device = "cuda" if gpu else "cpu"
-        processes.check_device(torch.device(device), settings.model.name)
-    return Predictor(settings, folder, torch.device(device))
+        check_device(torch.device(device), found)
+    return Predictor(settings, folder, torch.device(device), found)
 
 
 def _ref(picture: Any, number: int) -> ImageRef:
@@ -245,9 +256,7 @@ def _ref(picture: Any, number: int) -> ImageRef:
     raise BadInput(f"{name}: is a {type(picture).__name__}; give a path, bytes, a PIL image or an array")
 
 
-def _answer(
-    prepared: Prepared, example: Example, text: str, probabilities: dict[str, float] | None
-) -> Answer:
-    said = prediction_of(prepared, example, text, probabilities)
+def _answer(prepared: Prepared, example: Example, reply: Reply) -> Answer:
+    said = prediction_of(prepared, example, reply)
     regions = (Region(tuple(row["box"]), row["label"], row["image"]) for row in said.regions or ())
-    return Answer(example.question, said.answer, said.probabilities, tuple(regions))
+    return Answer(example.question, said.answer, said.probabilities, tuple(regions), said.cut)

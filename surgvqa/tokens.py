@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from surgvqa import grounding, hub
+from surgvqa import grounding
 from surgvqa.augment import Placement
 from surgvqa.datasets import Example
-from surgvqa.hub import Folder
+from surgvqa.hub import Folder, chat_template
 from surgvqa.recipe import BadInput
 
 Ints = NDArray[np.int32]
@@ -91,18 +91,16 @@ class ChatTokens:
         self.system = system
         self.instructions = dict(instructions or {})
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-            self.tokenizer.chat_template = hub.chat_template(folder.path) or self.tokenizer.chat_template
-            if not self.tokenizer.chat_template:
-                raise BadInput(f"{folder.name}: no chat template in {folder.path}")
-            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.path)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder.processor, trust_remote_code=False)
+            self.tokenizer.chat_template = chat_template(folder.processor, folder.name)
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.processor)
             whole = self.render(self._conversation(_QUESTION, _ANSWER))
             prompt = self.render(self._conversation(_QUESTION), add_generation_prompt=True)
         except BadInput:
             raise
         except Exception as error:  # of tokenizers, of transformers, and of jinja2, which runs in a sandbox
             raise BadInput(
-                f"{folder.name}: tokenizer, chat template or image processor in {folder.path} cannot be "
+                f"{folder.name}: tokenizer, chat template or image processor in {folder.processor} cannot be "
                 f"used: {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
         wrong = [
@@ -193,7 +191,9 @@ class ChatTokens:
         if not example.regions:
             return answer
         boxes = grounding.on_canvases(example, example.regions, canvases)
-        return grounding.write_answer(self.folder.family, answer, boxes, len(example.images))
+        return grounding.write_answer(
+            self.folder.family, answer, boxes, len(example.images), layout=example.layout
+        )
 
     def branches(
         self, examples: Sequence[Example], canvases: Mapping[str, Placement] = _NONE
@@ -313,6 +313,15 @@ class ChatTokens:
             for token in found:
                 text = text.replace(token, "")
         return " ".join(text.split())
+
+    def lengths(self, texts: Iterable[str]) -> dict[str, int]:
+        """Return how many tokens each text has, without those of the conversation around it."""
+        distinct = list(dict.fromkeys(texts))
+        counted: dict[str, int] = {}
+        for start in range(0, len(distinct), _PAIRS):
+            some = distinct[start : start + _PAIRS]
+            counted.update(zip(some, map(len, self._encode(some)), strict=True))
+        return counted
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token as text, for showing."""

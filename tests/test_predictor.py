@@ -104,6 +104,7 @@ def check_answers(model: Predictor, run: Path) -> list[Prediction]:
         answers.append(model.ask(images, rows[0].question, question_type=kinds[0]))
         for row, answer in zip([*rows, rows[0]], answers, strict=True):
             assert (answer.question, answer.text, answer.regions) == (row.question, row.answer, ())
+            assert answer.cut == row.cut
             chances = row.probabilities
             assert answer.probabilities == (None if chances is None else pytest.approx(chances, rel=1e-4))
     assert len({row.answer for row in expected}) > 2  # or all of this shows little
@@ -263,6 +264,10 @@ def test_a_real_model_computes_on_the_cpu_only_if_that_is_asked_for(
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="weights missing"):
+        surgvqa.load_predictor(tmp_path / "model")  # it is small
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "intermediate_size": 10**7}))
     with pytest.raises(BadInput, match="no GPU that CUDA can use"):
         surgvqa.load_predictor(tmp_path / "model")
     with pytest.raises(BadInput, match="weights missing"):

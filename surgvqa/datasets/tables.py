@@ -19,7 +19,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from surgvqa.datasets import Example, ImageRef, Problem, Region, choices
+from surgvqa.datasets import Example, ImageRef, Problem, Region, boxes, choices
 from surgvqa.datasets.files import (
     SUFFIXES,
     Row,
@@ -160,6 +160,11 @@ def examples(
             continue
         fields = Fields(row.fields, source.columns)
         example = fields.example(row, stem, part, images, source)
+        if source.format != "hub" and not fields.wrong:  # whose variant is a subset
+            try:
+                example = boxes.read(example, source.variant, source.boxes, default="text")
+            except ValueError as error:
+                fields.wrong.append(f"its text has the box {error}")
         told.add(row, fields)
         yield from (Problem(row.place, what) for what in fields.wrong)
         if not fields.wrong:
@@ -330,8 +335,8 @@ class Fields:
             split=self.split(part),
             stage=self.stage(),
             place=row.place,
-            regions=self._regions(("box", "boxes"), len(refs)),
-            asked_regions=self._regions(("asked_box", "asked_boxes"), len(refs)),
+            regions=self._regions(("box", "boxes"), len(refs), source.boxes),
+            asked_regions=self._regions(("asked_box", "asked_boxes"), len(refs), source.boxes),
         )
 
     def fault(self, name: str, what: str) -> None:
@@ -488,7 +493,7 @@ class Fields:
             return None
         return int(text)
 
-    def _regions(self, names: tuple[str, str], images: int) -> tuple[Region, ...]:
+    def _regions(self, names: tuple[str, str], images: int, unit: str) -> tuple[Region, ...]:
         """The boxes of the first of the two columns, which has one, and of the second, which has a list."""
         if self[names[0]] is None and self[names[1]] is None:
             return ()
@@ -505,7 +510,7 @@ class Fields:
         regions = []
         for box in value:
             try:
-                regions.append(region(box, images))
+                regions.append(region(box, images, unit))
             except ValueError as error:
                 self.fault(name, f"{json.dumps(box, default=str)[:80]} {error}")
         return tuple(regions)
@@ -541,11 +546,11 @@ def _listed_in(value: object) -> object:
     return value
 
 
-def region(value: object, images: int = 1) -> Region:
+def region(value: object, images: int = 1, unit: str = "auto") -> Region:
     """`[x1, y1, x2, y2]`, or an object with that as `box` and maybe `label` and `image`, as a Region.
 
-    Four numbers from 0 to 1 are shares of the image's sides, others are pixels. Raises ValueError with what
-    is wrong, to be put after the box; `images` is how many the example has.
+    With the `unit` auto four numbers from 0 to 1 are shares of the image's sides, others are pixels. Raises
+    ValueError with what is wrong, to be put after the box; `images` is how many the example has.
     """
     extra = value if isinstance(value, dict) else {"box": value}
     if unknown := sorted(map(str, extra.keys() - {"box", "label", "image"})):
@@ -556,13 +561,7 @@ def region(value: object, images: int = 1) -> Region:
     image = 0 if image is None else image
     if type(image) is not int or not 0 <= image < max(images, 1):
         raise ValueError(f"is in image {image!r}, but the row has {images}, counted from 0")
-    x1, y1, x2, y2 = map(float, numbers)
-    box = (x1, y1, x2, y2)
-    if min(box) < 0 or x1 >= x2 or y1 >= y2:
-        raise ValueError("must have its second corner right of and below its first, and none below 0")
-    relative = max(box) <= 1
-    if not relative and max(box) < 2:
-        raise ValueError("is neither in pixels nor in shares from 0 to 1")
+    box, relative = boxes.measured(numbers, unit)
     return Region(box, as_text(extra.get("label")), image, relative)
 
 

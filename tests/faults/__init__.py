@@ -29,5 +29,10 @@ CATALOGUE = {
     "F26": "what trains, how, on what",
     "F27": "a data worker killed",
     "F28": "foreign folders among checkpoints",
+    "F29": "weights that an update made absurd",
+    "F30": "an output stream that goes away",
+    "F31": "checkpoints that cannot be read",
+    "F32": "the base model changed between training, resume and evaluation",
     "F33": "data rewritten, same time or size",
+    "F35": "values at the edge",
 }

@@ -27,7 +27,16 @@ from surgvqa import checkpoint, corrupt, datasets, grounding, hub, processes, re
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
-from surgvqa.endings import Ending, NumericFailure, Preempted, Stop, StorageFailure, is_storage, leave_code
+from surgvqa.endings import (
+    Ending,
+    NumericFailure,
+    Preempted,
+    Stop,
+    Stopped,
+    StorageFailure,
+    is_storage,
+    leave_code,
+)
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction
 from surgvqa.peers import Peers
@@ -44,6 +53,8 @@ log = logging.getLogger("surgvqa")
 _TREES_AT_ONCE = 16
 """Trees per process that are shared out together; then the processes tell each other their answers, and
 whether to stop."""
+
+_NOT_BEGUN = "stopped ({reason}) before the first answer; nothing was lost: the same command starts again"
 
 ABLATIONS = ("black", "shuffle")
 
@@ -281,7 +292,7 @@ def examine(
     files = source.files(part, variant)
     begun = Begun(
         files[0].with_name(f"{files[0].name}.partial"),
-        _fingerprint(prepared, part, source, variant),
+        _fingerprint(prepared, part, source, variant) if main else "",
         questions,
     )
     answers = main_first(accelerator, begun.known)
@@ -393,7 +404,7 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     """The scores of each variant, by a model that is loaded once."""
     accelerator = processes.start()
-    with Peers(accelerator, source.settings.train.peer_timeout):
+    with Peers(accelerator, source.settings.train.peer_timeout, stop=stop):
         found = _evaluated(source, part, variants, stop, accelerator)
     processes.stop(accelerator)
     return found
@@ -422,6 +433,9 @@ def _evaluated(
             log.warning("warning: %s", warning)
     network = prepared.network(source.checkpoint) if source.checkpoint else prepared.published()
     network = network.to(accelerator.device)
+    if stop is not None:
+        processes.anywhere(accelerator, False)  # all have come as far as this
+        stop.started()
     return [
         examine(
             network,
@@ -522,11 +536,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         spoiled = [each.name for text in given.corrupt or () for each in corrupt.parse(text)]
         variants = list(dict.fromkeys([*(given.ablate or ()), *spoiled])) or [""]
         source = opened(given.source, recipe_file=given.recipe, overrides=given.overrides, output=given.out)
-        with Stop() as stop, workers_watched():
+        with Stop(start=_NOT_BEGUN) as stop, workers_watched():
             _evaluate(source, given.split, variants, stop)
     except BadInput as error:
         return leave_code(recipe.explain(error))
-    except Ending as error:
+    except (Ending, Stopped) as error:
         log.error("%s", error)
         return leave_code(error.exit_code)
     except OSError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import socket
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
 from surgvqa.datasets import splits
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
-from surgvqa.processes import main_first
+from surgvqa.processes import main_first, refuse_together
 from surgvqa.recipe import BadInput, Part, Recipe
 from surgvqa.tokens import ChatTokens
 from surgvqa.tree import Questions
@@ -55,6 +56,8 @@ class Prepared:
     """How many rows, images and questions that was."""
     tokens_per_micro_batch: int | None = None
     """What was found to fit; None before that is known."""
+    progress: bool = False
+    """Whether to show how far the work is."""
 
     def questions(self, part: Part, most: int | None = None, *, asked: bool = False) -> Questions:
         """The questions of a part; with `most`, that many, see `splits.drawn`.
@@ -88,6 +91,7 @@ class Prepared:
             weights=np.array([weights[normalise(e.answers[0])] for e in examples]) if weights else None,
             per=self.recipe.loss.per,
             labels=[closed_set(self.recipe, e) for e in examples] if chosen else None,
+            progress=self.progress,
         )
 
     def varied(self, questions: Questions, variant: str) -> Questions:
@@ -259,12 +263,20 @@ def prepare(
 ) -> Prepared:
     """Read and check everything but the weights, on every process.
 
-    `evaluated` are the parts to be evaluated; None for the recipe's own. Images are decoded by the main
-    process alone, which tells the others. Raises BadInput with all errors of data and model folder.
+    `evaluated` are the parts to be evaluated; None for the recipe's own. All processes read the rows at the
+    same time; the main one alone audits them and decodes the images, and tells the others. Raises BadInput
+    with all errors of data and model folder, on every process.
     """
     settings = recipe.model
+    main = accelerator is None or accelerator.is_main_process
     loaded: list[datasets.Dataset] = []
     ids: list[str] = []
+    problems: list[str] = []
+    if not main:
+        try:
+            loaded.append(datasets.load(recipe.data))
+        except (BadInput, OSError) as error:  # told where the main process finds nothing wrong
+            problems = [f"{_here(accelerator)}: {error}"]
 
     def examine() -> tuple[Audit, str]:
         """Everything at once: what is wrong with the data is not hidden behind a model that is not there."""
@@ -295,12 +307,15 @@ def prepare(
     found, kept = main_first(accelerator, examine)
     # The main process fetched the model's files; each process finds them on its own node.
     folder = hub.find(recipe.model.name, recipe.model.revision)
-    dataset = loaded[0] if loaded else found.kept(datasets.load(recipe.data))
-    if _digest(example.id for example in dataset.examples) != kept:
-        raise BadInput(
-            f"data.path: this process reads other questions in {recipe.data.path} than the main process; see "
-            "that its node has the same files"
-        )
+    if loaded and not main:
+        loaded[0] = found.kept(loaded[0])
+        if _digest(example.id for example in loaded[0].examples) != kept:
+            problems.append(
+                f"data.path: {_here(accelerator)} reads other questions in {recipe.data.path} than the main "
+                "process; see that its node has the same files"
+            )
+    refuse_together(accelerator, problems)
+    dataset = loaded[0]
     chat = ChatTokens(folder, system=recipe.prompt.system, instructions=recipe.prompt.instructions)
     pictures = found.pictures
     canvases = {
@@ -317,7 +332,13 @@ def prepare(
         condensed(problem for problem in found.problems if problem.warning),
         found.skipped,
         found.counts,
+        progress=progress,
     )
+
+
+def _here(accelerator: Accelerator | None) -> str:
+    rank = accelerator.process_index if accelerator is not None else 0
+    return f"process {rank} on {socket.gethostname()}"
 
 
 def _stages(examples: Sequence[datasets.Example]) -> NDArray[np.int64]:
@@ -373,6 +394,7 @@ def _joined(known: Mapping[str, datasets.Example]) -> dict[str, str]:
 
 def _digest(values: Iterable[object]) -> str:
     digest = hashlib.sha256()
-    for value in values:
-        digest.update(repr(value).encode() + b"\n")
+    lines = (f"{value!r}\n" for value in values)
+    while some := "".join(itertools.islice(lines, 1000)):
+        digest.update(some.encode())
     return digest.hexdigest()

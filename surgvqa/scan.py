@@ -115,7 +115,7 @@ def scan(refs: Iterable[ImageRef], *, headers: bool = False, progress: bool = Fa
     pool = ThreadPoolExecutor(cores())
     try:
         looked = pool.map(look, unknown)
-        shown = tracked(looked, "images", len(unknown)) if progress else looked
+        shown = tracked(looked, "images", len(unknown), of="decoded") if progress else looked
         for ref, facts in zip(unknown, shown, strict=True):
             if isinstance(facts, str):
                 result.faults[ref.key] = facts
@@ -198,8 +198,11 @@ def near(queries: Sequence[str], others: Sequence[str], within: int) -> list[tup
             (start + int(row), int(nearest[row]), int(best[row])) for row in np.flatnonzero(best <= within)
         ]
 
-    with ThreadPoolExecutor(cores()) as pool:
+    pool = ThreadPoolExecutor(cores())
+    try:
         return [pair for pairs in pool.map(block, range(0, len(left), 16)) for pair in pairs]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 Stamp = tuple[int, int, int, int]

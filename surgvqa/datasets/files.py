@@ -65,6 +65,8 @@ def as_text(value: object) -> str:
 
     Raises ValueError with what is wrong, to be put after the field's name.
     """
+    if type(value) is str and value.isascii() and "\0" not in value:  # most are, and this is quick
+        return value.strip()
     if value is None:
         return ""
     if isinstance(value, float) and not math.isfinite(value):
@@ -125,13 +127,14 @@ def jsonl_rows(file: Path) -> Iterator[Row | Problem]:
         yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
     with lines:
+        name, decoder = str(file), _Decoder()
         for number, line in enumerate(lines, start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
-            place = f"{file}:{number}"
-            decoder = _Decoder()
+            place = f"{name}:{number}"
+            decoder.wrong = ""
             try:
                 value = decoder.decode(line.rstrip(b"\r\n").decode())
             except UnicodeDecodeError:

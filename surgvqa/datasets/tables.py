@@ -68,11 +68,13 @@ def examples(
         if isinstance(row, Problem):
             yield row
             continue
-        seen.update(dict.fromkeys(row.fields))
+        if not row.fields.keys() <= seen.keys():
+            seen.update(dict.fromkeys(row.fields))
         fields = Fields(row.fields, source.columns)
         example = fields.example(row, stem, part, images, source.group_pattern)
-        yield from (Problem(row.place, what) for what in fields.wrong)
-        if not fields.wrong:
+        if fields.wrong:
+            yield from (Problem(row.place, what) for what in fields.wrong)
+        else:
             yield example
     yield from unknown_columns(place, source.columns, seen)
 
@@ -130,7 +132,9 @@ class Fields:
         self.wrong: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
-        return self._fields.get(self._columns.get(name, name))
+        if self._columns:
+            name = self._columns.get(name, name)
+        return self._fields.get(name)
 
     def example(
         self, row: Row, stem: str, part: Part | None, images: Images, pattern: str | None = None
@@ -181,7 +185,7 @@ class Fields:
     def optional(self, name: str) -> str:
         """A field's text, or "" where it has none."""
         value = self[name]
-        if isinstance(value, float) and math.isnan(value):  # how pandas writes a missing value
+        if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: pandas' missing value
             return ""
         try:
             return as_text(value)
@@ -253,7 +257,7 @@ class Fields:
 
     def _regions(self, names: tuple[str, str], images: int) -> tuple[Region, ...]:
         """The boxes of the first of the two columns, which has one, and of the second, which has a list."""
-        one, many = (self._boxes(name) for name in names)
+        one, many = self._boxes(names[0]), self._boxes(names[1])
         if one is None and many is None:
             return ()
         if one is not None and many is not None:
@@ -274,7 +278,7 @@ class Fields:
     def _boxes(self, name: str) -> object:
         """A column's boxes, taken out of the text that CSV has; None where there are none."""
         value = self[name]
-        if isinstance(value, float) and math.isnan(value):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
             return None
         if not isinstance(value, str):
             return value

@@ -27,6 +27,7 @@ from benchmarks.record import spread, write
 from benchmarks.train import LEARNING_RATE
 from surgvqa import checkpoint, model
 from surgvqa.loss import TreeLoss
+from surgvqa.results import OPTIMIZER
 
 QUESTIONS = 8
 """In a step, about one image."""
@@ -58,7 +59,7 @@ class Training:
     def fill(self, folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         """Write what surgvqa.train does that has a size worth speaking of."""
         model.save(self.network, folder, weights)
-        save_file(moments, folder / "optimizer.safetensors")
+        save_file(moments, folder / OPTIMIZER)
         checkpoint.write_json(folder / checkpoint.STATE, {"step": 0})
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -75,7 +76,9 @@ def turn(training: Training, way: str, steps: int, root: Path) -> dict[str, Any]
         with checkpoint.writing(root, 1, keep=1) as folder:
             training.fill(folder, *training.tensors())
         took = time.perf_counter() - saving
-        size = sum(file.stat().st_size for file in (root / checkpoint.folder_name(1)).iterdir())
+        size = sum(
+            file.stat().st_size for file in (root / checkpoint.folder_name(1)).rglob("*") if file.is_file()
+        )
         written.append(checkpoint.Written(1, size, took, took))
         seconds += [training.step() for _ in range(steps - 1)]
     elif way == "background":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -314,6 +315,7 @@ def audit(
     problems += _junk(dataset)
     problems += _boxes_alone(dataset)
     problems += _unseen_answers(dataset)
+    problems += _spellings(dataset)
     problems += _conflicts(dataset)
     problems.sort(key=lambda problem: problem.warning)
     if found.unkept:
@@ -564,6 +566,53 @@ def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
             have = "has" if unseen.total() == 1 else "have"
             what = f"{unseen.total()} of {len(examples)} questions {have} an answer never seen in train"
             yield Problem(part, f"{what}: {_counted(unseen)}", warning=True)
+
+
+def _spellings(dataset: Dataset) -> Iterator[Problem]:
+    """Yield a warning for each question type in which answers differ only in case or punctuation.
+
+    Exact match tells them apart, and so do the prior and class weights. Forms that the corpus's own closed
+    set has side by side are left alone.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    first: dict[tuple[str, str], Example] = {}
+    labels = {normalise(label) for own in {example.labels for example in dataset.examples} for label in own}
+    for example in dataset.examples:
+        for answer in map(normalise, example.answers):
+            if answer.lower() in JUNK:  # told by itself
+                continue
+            counts[example.question_type][answer] += 1
+            first.setdefault((example.question_type, answer), example)
+    for kind, answers in sorted(counts.items()):
+        forms: dict[str, list[str]] = defaultdict(list)
+        for answer, _ in answers.most_common():
+            forms[_letters(answer)].append(answer)
+        several = [same for same in forms.values() if len(same) > 1 and not labels.issuperset(same)]
+        if several:
+            listed = "; ".join(
+                " and ".join(f"{answer!r} ({answers[answer]})" for answer in same)
+                for same in several[:_SHOWN]
+            )
+            more = "; ..." if len(several) > _SHOWN else ""
+            what = (
+                f"{_count(len(several), 'answer')} of the type {kind} written in ways that differ only in "
+                f"case or punctuation, which exact match tells apart: {listed}{more}; write each in one way"
+            )
+            yield Problem(first[kind, several[0][1]].place, what, warning=True)
+
+
+def _letters(answer: str) -> str:
+    """Return an answer without case, blanks and punctuation, but for those beside a digit: 1.5 is not 15."""
+    text = answer.casefold()
+    return (
+        "".join(
+            letter
+            for place, letter in enumerate(text)
+            if not (letter == " " or unicodedata.category(letter).startswith("P"))
+            or any(beside.isdigit() for beside in (text[place - 1 : place], text[place + 1 : place + 2]))
+        )
+        or text
+    )
 
 
 def _conflicts(dataset: Dataset) -> Iterator[Problem]:

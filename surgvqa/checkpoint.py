@@ -3,8 +3,9 @@
     checkpoints/
         .tmp-step-000200/            being written or deleted
         .tmp-replaced-step-000200/   the former one of this step, until the new one is verified
-        step-000200/                 adapter_model.safetensors or model.safetensors, tokenizer, processor,
-                                     recipe.yaml, optimizer.safetensors, state.json, manifest.json
+        step-000200/                 what PEFT, transformers and vLLM expect, and nothing else:
+                                     adapter_model.safetensors or model.safetensors, config, tokenizer, processor
+            trainer/                 recipe.yaml, state.json, manifest.json, optimizer.safetensors
 
 state.json holds the step, a digest of the training data and, where it was evaluated, the score with minus the
 loss (the larger the better: a metric that should be small is made negative); and what scores are judged by:
@@ -42,10 +43,12 @@ from torch import Tensor, nn
 from surgvqa import memory, recipe
 from surgvqa.endings import StorageFailure
 from surgvqa.recipe import BadInput, Recipe
+from surgvqa.results import MANIFEST as MANIFEST
+from surgvqa.results import RECIPE, TRAINER
+from surgvqa.results import STATE as STATE
 
 log = logging.getLogger("surgvqa")
 
-MANIFEST, STATE = "manifest.json", "state.json"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """What such files hold could run code when it is read; we write none."""
 Score = tuple[float, float]
@@ -141,7 +144,8 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
-    """A folder to fill; on leaving it is made durable, and then old ones beyond `keep` are deleted.
+    """A folder to fill, with an empty TRAINER in it; on leaving it is made durable, and then old ones beyond
+    `keep` are deleted.
 
     The best is kept, and folders of later steps go: they belong to a future that was given up. Raises
     StorageFailure where the disk fails; what was there before is then still there.
@@ -152,11 +156,12 @@ def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
         if final.exists() and not _ours(final):
             raise FileExistsError("something that is not a checkpoint has its name; move it away")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        (aside / TRAINER).mkdir(parents=True)
         yield aside
         write_json(aside / MANIFEST, _manifest(aside))
         for file in _files(aside):
             _sync(file)
+        _sync(aside / TRAINER)
         _sync(aside)
         if final.exists():
             final.rename(root / f".tmp-replaced-{final.name}")
@@ -232,6 +237,11 @@ def verify(folder: Path) -> list[str]:
 
     Of files that the manifest does not name, only pickles, links and the like are refused.
     """
+    if _former(folder):
+        return [
+            f"was written by another version of surgvqa, which kept its files beside the weights and not in "
+            f"{TRAINER}/; use that version, or start over with --fresh --yes"
+        ]
     if not (folder / MANIFEST).is_file():
         return [f"{MANIFEST}: missing"]
     try:
@@ -292,7 +302,7 @@ def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe that a checkpoint was trained with. Raises BadInput where this version cannot read it."""
     overrides = list(overrides)
     try:
-        trained = recipe.load(folder / "recipe.yaml")
+        trained = recipe.load(folder / RECIPE)
     except BadInput as error:
         raise BadInput(
             [
@@ -302,7 +312,7 @@ def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
                 *(f"  {problem}" for problem in error.problems),
             ]
         ) from None
-    return recipe.load(folder / "recipe.yaml", overrides) if overrides else trained
+    return recipe.load(folder / RECIPE, overrides) if overrides else trained
 
 
 def best(root: Path, up_to: int | None = None) -> Path | None:
@@ -374,12 +384,22 @@ def load_optimizer(
             }
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint, and not a run's folder; `verify` says whether it is whole."""
+    return any((folder / name).exists() for name in (MANIFEST, STATE)) or _former(folder)
+
+
 def _ours(folder: Path) -> bool:
     """Whether a folder has, or by its manifest had, a step's state."""
     try:
-        return (folder / STATE).is_file() or STATE in _expected(folder)
+        return _former(folder) or (folder / STATE).is_file() or STATE in _expected(folder)
     except _NO_MANIFEST:
         return False
+
+
+def _former(folder: Path) -> bool:
+    """Return whether a checkpoint has the layout of versions before TRAINER."""
+    return (folder / "state.json").is_file() and (folder / "manifest.json").is_file()
 
 
 def _expected(folder: Path) -> dict[str, tuple[int, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import surgvqa
 from surgvqa import recipe
-from surgvqa.endings import Stop, Stopped
+from surgvqa.endings import Stop, Stopped, leave_now
 from surgvqa.recipe import BadInput
 
 
@@ -47,7 +47,9 @@ def check(argv: Sequence[str]) -> int:
             return max(_check(file, overrides, given.out, given.headers) for file in files)
     except Stopped as error:
         print(error, file=sys.stderr)
-        return 128 + signal.Signals.__members__.get(stop.reason or "", signal.SIGTERM)  # as shells tell it
+        leave_now(
+            128 + signal.Signals.__members__.get(stop.reason or "", signal.SIGTERM)
+        )  # as shells tell it
 
 
 def _check(file: str, overrides: Sequence[str], out: Path, headers: bool) -> int:

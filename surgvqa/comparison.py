@@ -21,7 +21,7 @@ from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, bootstrap, interval,
 from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput, printable
 from surgvqa.results import choose, evaluations
-from surgvqa.scores import FEW, MARKS, Bucket, Scored, marks, read
+from surgvqa.scores import FEW, MARKS, Bucket, Scored, bounds, marks, read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,8 @@ class Difference:
     b: float
     difference: float
     interval: tuple[float, float] | None
-    """95 %, from resamples of the groups; None where no two resamples differ."""
+    """95 %, from resamples of the groups. Where no two differ: `intervals.constant` for exact match, None for
+    other scores."""
     p: float | None
     """Two-sided, from the same resamples."""
     p_holm: float | None = None
@@ -230,13 +231,16 @@ def _compared(
     found = []
     for one, two in pairs:
         a, b, draws_a, draws_b = values(one), values(two), columns(one), columns(two)
+        n, groups = len(one.rows), len(np.unique(scored[0].group[one.rows]))
         differences = {}
         for name, value in a.items():
             other = b.get(name)
             if value is not None and other is not None:
                 change = draws_b[name] - draws_a[name]
-                differences[name] = Difference(value, other, other - value, interval(change), p_value(change))
-        n, groups = len(one.rows), len(np.unique(scored[0].group[one.rows]))
+                ends = interval(change)
+                if ends is None and name == "exact":  # a difference of two shares, as above_prior is
+                    ends = bounds("above_prior", other - value, groups)
+                differences[name] = Difference(value, other, other - value, ends, p_value(change))
         test = _mcnemar(scored[0].right[one.rows], scored[1].right[one.rows])
         found.append(Compared(n, n < FEW, groups, groups < FEW_GROUPS, differences, test))
     return found

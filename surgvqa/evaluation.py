@@ -36,6 +36,7 @@ from surgvqa.endings import (
     StorageFailure,
     is_storage,
     leave_code,
+    leave_now,
 )
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction
@@ -540,7 +541,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _evaluate(source, given.split, variants, stop)
     except BadInput as error:
         return leave_code(recipe.explain(error))
-    except (Ending, Stopped) as error:
+    except Stopped as error:
+        log.error("%s", error)
+        leave_now(error.exit_code)
+    except Ending as error:
         log.error("%s", error)
         return leave_code(error.exit_code)
     except OSError as error:

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from surgvqa import grounding
 from surgvqa.demo import cached
 from surgvqa.demo.tiny import TINY_MODELS, write_tiny_model
 from surgvqa.recipe import BadInput
@@ -55,7 +58,8 @@ class Folder:
     special: Mapping[str, int]
     """The ids that the configuration gives image and vision tokens."""
     special_tokens: frozenset[str]
-    """Every text that the tokenizer takes as one token whatever stands around it."""
+    """The tokens that give a conversation its structure, as text: turns, images, boxes. No text of the data
+    may hold one. Other added tokens, such as `<think>` or one of the user's own, are text like any other."""
 
     @property
     def factor(self) -> int:
@@ -101,12 +105,18 @@ def find(name: str, revision: str | None = None, *, fetch: bool = True) -> Folde
             "<|vision_start|>": int(config.get("vision_start_token_id", 151652)),
             "<|vision_end|>": int(config.get("vision_end_token_id", 151653)),
         }
-        special_tokens = _special_tokens(path)
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        template = chat_template(path)
+        special_tokens = _special_tokens(path, config, template or "")
+    except (AttributeError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
         raise BadInput(
             f"{name}: config.json or the tokenizer's files in {path} are not laid out like "
             f"{FAMILIES[family]}'s: {type(error).__name__}: {error}"
         ) from None
+    if template and _thinks(template):
+        raise BadInput(
+            f"{name}: its chat template begins every answer with <think>, as those of Thinking models do; "
+            "surgvqa trains answers without a thought. Take the Instruct model of the same size"
+        )
     if not (1 <= patch <= 64 and 1 <= merge <= 64):
         raise BadInput(
             f"{name}: patch_size {patch} and spatial_merge_size {merge} in {path}/config.json: not 1 to 64"
@@ -200,18 +210,78 @@ def processor_files(folder: Folder) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def _special_tokens(path: Path) -> frozenset[str]:
-    """From tokenizer.json and tokenizer_config.json, in which either form of folder names them."""
-    found: set[str] = set()
-    if (path / "tokenizer.json").is_file():
-        added = _json(path / "tokenizer.json", "unreadable tokenizer").get("added_tokens", [])
-        found |= {token["content"] for token in added}
+_STRUCTURE = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<|quad_start|>", "<|quad_end|>", *grounding.TOKENS,
+)  # fmt: skip
+"""Structural tokens of both families."""
+
+
+def _special_tokens(path: Path, config: Mapping[str, Any], template: str) -> frozenset[str]:
+    """Return the structural tokens of a folder: those of both families, those whose ids are in config.json,
+    the tokenizer's end and padding tokens, and what is flagged special and stands in the chat template.
+
+    The flag alone does not decide: `add_special_tokens` flags a user's `<grasper>` too. Nor does the
+    template: that of Qwen3-VL names `<tool_call>`, which is not flagged.
+    """
+    flagged: dict[str, bool] = {}
+    by_id: dict[int, str] = {}
+    tokenizer, settings = (
+        _json(path / name, "unreadable tokenizer") if (path / name).is_file() else {}
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    decoder = settings.get("added_tokens_decoder", {})
+    entries = [(token["id"], token) for token in tokenizer.get("added_tokens", [])]
+    for number, token in [*entries, *((int(number), token) for number, token in decoder.items())]:
+        flagged[token["content"]] = flagged.get(token["content"], False) or token.get("special", False)
+        by_id[number] = token["content"]
+    named = (settings.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk"))
+    texts = {each["content"] if isinstance(each, dict) else each for each in named if each}
+    wanted = {
+        value
+        for of in (config, config.get("text_config", {}))
+        for key, value in of.items()
+        if key.endswith("_token_id") and isinstance(value, int)
+    }
+    texts |= {by_id[number] for number in wanted & by_id.keys()}
+    texts |= {text for text, special in flagged.items() if special and text in template}
+    return frozenset({*texts, *_STRUCTURE})
+
+
+def chat_template(path: Path) -> str | None:
+    """Return the folder's chat template: chat_template.jinja, else chat_template.json, else the tokenizer's.
+
+    None where there is none. Raises KeyError or ValueError where a file is not what it should be.
+    """
+    jinja = path / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    if (path / "chat_template.json").is_file():
+        return str(_json(path / "chat_template.json", "unreadable chat template")["chat_template"])
     if (path / "tokenizer_config.json").is_file():
-        decoder = _json(path / "tokenizer_config.json", "unreadable tokenizer").get(
-            "added_tokens_decoder", {}
+        own = _json(path / "tokenizer_config.json", "unreadable tokenizer").get("chat_template")
+        return own if isinstance(own, str) else None
+    return None
+
+
+def _thinks(template: str) -> bool:
+    """Return whether a chat template opens a thought where the model is to answer.
+
+    Rendered as transformers does it, in jinja2's sandbox. False where it cannot be: `ChatTokens` says why.
+    """
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    question = "question"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    try:
+        text = sandbox.from_string(template).render(
+            messages=[{"role": "user", "content": content}], add_generation_prompt=True
         )
-        found |= {token["content"] for token in decoder.values()}
-    return frozenset(found)
+    except Exception:  # whatever a template may do
+        return False
+    prompt = text.rpartition(question)[2]
+    return "<think>" in prompt and "</think>" not in prompt
 
 
 def _download(name: str, revision: str | None, patterns: list[str], fetch: bool = True) -> Path:

@@ -335,7 +335,7 @@ def first_weights(settings: Recipe) -> Path | None:
     if not given.is_dir():
         raise BadInput(f"model.adapter: {given}: no such folder; give a run's, or one of its checkpoints'")
     folder = given
-    if not (given / checkpoint.MANIFEST).exists():
+    if not checkpoint.is_checkpoint(given):
         try:
             folder = checkpoint.chosen(given)
         except BadInput as error:

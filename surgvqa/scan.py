@@ -115,7 +115,7 @@ def scan(refs: Iterable[ImageRef], *, headers: bool = False, progress: bool = Fa
     pool = ThreadPoolExecutor(cores())
     try:
         looked = pool.map(look, unknown)
-        shown = tracked(looked, "images", len(unknown), of="decoded") if progress else looked
+        shown = tracked(looked, "images", len(unknown)) if progress else looked
         for ref, facts in zip(unknown, shown, strict=True):
             if isinstance(facts, str):
                 result.faults[ref.key] = facts

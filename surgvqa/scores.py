@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, Tally, bootstrap, interval, summed
+from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, Tally, bootstrap, constant, interval, summed
 from surgvqa.metrics import Prediction, Prior, exact, matches, normalise
 from surgvqa.recipe import BadInput
 
@@ -46,6 +46,10 @@ CLASSES = (
     "ssg_maf1",
     "ssg_wf1",
 )
+
+SCALES = {"exact": (0.0, 1.0), "prior": (0.0, 1.0), "above_prior": (-1.0, 1.0)}
+"""Shares of questions and their difference: the ends of their scales, by which they have an interval also
+where every group has the same value."""
 
 Rows = NDArray[np.intp]
 
@@ -461,26 +465,40 @@ def why_not(name: str, predictions: Sequence[Prediction]) -> str | None:
 def _described(scored: Scored, bucket: Bucket, samples: Mapping[int, Array]) -> dict[str, Any]:
     n, groups = len(bucket.rows), len(np.unique(scored.group[bucket.rows]))
     described: dict[str, Any] = {"n": n, "few": n < FEW, "groups": groups, "few_groups": groups < FEW_GROUPS}
-    described |= {"exact": None, "prior": None, **_valued(bucket.scores, samples), "absent": bucket.absent}
+    values = _valued(bucket.scores, samples, groups)
+    described |= {"exact": None, "prior": None, **values, "absent": bucket.absent}
     if boxes := scored.boxes(bucket.rows):
         described["boxes"] = boxes
     if reliability := scored.reliability(bucket.rows):
         described["reliability"] = reliability
     if bucket.legacy:
-        described["legacy"] = _valued(bucket.legacy, samples)
+        described["legacy"] = _valued(bucket.legacy, samples, groups)
     return described
 
 
-def _valued(tallies: Sequence[Tally], samples: Mapping[int, Array]) -> dict[str, Any]:
-    """Score → value, and `intervals`: score → lower and upper end."""
+def _valued(tallies: Sequence[Tally], samples: Mapping[int, Array], groups: int) -> dict[str, Any]:
+    """Return score → value, and `intervals`: score → lower and upper end, of a bucket with so many groups."""
     found: dict[str, float | None] = {}
     intervals = {}
     for tally in tallies:
-        found |= tally.told()
-        for name, column in zip(tally.names, samples[id(tally)].T if samples else (), strict=bool(samples)):
-            if ends := interval(column):
+        told = tally.told()
+        found |= told
+        for place, (name, value) in enumerate(told.items()):
+            ends = interval(samples[id(tally)][:, place]) if samples else None
+            if ends := ends or bounds(name, value, groups):
                 intervals[name] = list(ends)
     return {**found, "intervals": intervals}
+
+
+def bounds(name: str, value: float | None, groups: int) -> tuple[float, float] | None:
+    """Return the interval of a score that no resample changes, from the number of groups alone.
+
+    None where the value is not at 0 or at an end of the scale of a share, so that groups may differ after all
+    (a single one has no resamples), and for other scores.
+    """
+    if name not in SCALES or value not in (0, *SCALES[name]):
+        return None
+    return constant(value, groups, *SCALES[name])
 
 
 def _by_group(scored: Scored) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from surgvqa import lock, recipe
 from surgvqa.endings import ENDED
 from surgvqa.lock import METRICS
 from surgvqa.recipe import BadInput
-from surgvqa.results import json_of, number, rows, standing
+from surgvqa.results import STATE, json_of, number, rows, standing
 
 TRAIN, EVALUATE = Path("slurm/train.sbatch"), Path("slurm/evaluate.sbatch")
 PASSED_ON = ("time", "partition", "account", "qos", "mem", "cpus-per-task", "signal")
@@ -242,7 +242,7 @@ def look(folder: Path, queue: dict[str, Queued]) -> Run:
 
 def saved(run: Path) -> int:
     """The step of a run's newest checkpoint, 0 without one; it is the next start that verifies it."""
-    names = [folder.parent.name for folder in run.glob("checkpoints/step-*/state.json")]
+    names = [file.parts[-3] for file in run.glob(f"checkpoints/step-*/{STATE}")]
     return max((int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))), default=0)
 
 

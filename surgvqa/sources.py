@@ -121,7 +121,7 @@ def model_of(
     whole.
     """
     folder = Path(source)
-    by_itself, told = (folder / checkpoint.MANIFEST).is_file(), folder / "recipe.yaml"
+    by_itself, told = checkpoint.is_checkpoint(folder), folder / "recipe.yaml"
     if (by_itself or told.is_file()) and recipe_file is not None:
         raise BadInput(f"--recipe is for a model as it was published; {folder} brings its own recipe")
     if by_itself:

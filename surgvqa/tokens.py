@@ -12,12 +12,11 @@ al. 2024, section 2.1): text counts up in all three axes, an image of h × w tok
 (p, p + row, p + column), and what follows continues at p + max(h, w).
 
 Boxes are text, written as surgvqa.grounding does for the family; its special tokens may stand in a branch,
-but in no text of the data.
+but in no text of the data. Nor may any other structural token (`Folder.special_tokens`).
 """
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from surgvqa import grounding
+from surgvqa import grounding, hub
 from surgvqa.augment import Placement
 from surgvqa.datasets import Example
 from surgvqa.hub import Folder
@@ -95,7 +94,9 @@ class ChatTokens:
         self.instructions = dict(instructions or {})
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-            self.tokenizer.chat_template = _chat_template(folder, self.tokenizer.chat_template)
+            self.tokenizer.chat_template = hub.chat_template(folder.path) or self.tokenizer.chat_template
+            if not self.tokenizer.chat_template:
+                raise BadInput(f"{folder.name}: no chat template in {folder.path}")
             self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.path)
             whole = self.render(self._conversation(_QUESTION, _ANSWER))
             prompt = self.render(self._conversation(_QUESTION), add_generation_prompt=True)
@@ -116,11 +117,16 @@ class ChatTokens:
             raise BadInput(wrong)
         self.end_of_turn: int = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.stop_ids = (self.end_of_turn, self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-        self._unspoken = frozenset(
+        structural = frozenset(
             token
             for token, added in self.tokenizer.added_tokens_decoder.items()
-            if added.special and added.content not in grounding.TOKENS
+            if added.content in folder.special_tokens
         )
+        self._unspoken = {
+            False: structural,
+            True: structural - frozenset(self.tokenizer.convert_tokens_to_ids(list(grounding.TOKENS))),
+        }
+        """Boxes wanted or not → tokens that are left out of answers."""
         root, cut, branch = whole.rpartition("<|vision_end|>")
         self._root_text = root + cut
         self._before, found, rest = branch.partition(_QUESTION)
@@ -311,13 +317,15 @@ class ChatTokens:
         return np.asarray(processed["pixel_values"], np.float32)
 
     def text(self, ids: Sequence[int], *, boxes: bool = False) -> str:
-        """Generated ids as an answer, without special tokens but, with `boxes`, those around boxes."""
-        if boxes:
-            ids = [token for token in ids if token not in self._unspoken]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=not boxes)).strip()
+        """Return generated ids as an answer, without structural tokens but, with `boxes`, those around boxes.
+
+        Other added tokens stay, whatever the tokenizer's flag says: `<think>`, or one of the user's own.
+        """
+        left = [token for token in ids if token not in self._unspoken[boxes]]
+        return str(self.tokenizer.decode(left, skip_special_tokens=False)).strip()
 
     def unspecial(self, text: str) -> str:
-        """The text without special tokens, so that what a model wrote can stand in a question."""
+        """Return the text without structural tokens, so that what a model wrote can stand in a question."""
         while found := [token for token in self.folder.special_tokens if token in text]:
             for token in found:
                 text = text.replace(token, "")
@@ -330,15 +338,3 @@ class ChatTokens:
     def _encode(self, texts: Sequence[str]) -> list[Ints]:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, padding=False)["input_ids"]
         return [np.asarray(ids, np.int32) for ids in encoded]
-
-
-def _chat_template(folder: Folder, from_tokenizer: str | None) -> str:
-    """The folder's template: chat_template.jinja, else chat_template.json, else the tokenizer's own."""
-    jinja, wrapped = folder.path / "chat_template.jinja", folder.path / "chat_template.json"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    if wrapped.is_file():
-        return str(json.loads(wrapped.read_text(encoding="utf-8"))["chat_template"])
-    if from_tokenizer:
-        return from_tokenizer
-    raise BadInput(f"{folder.name}: no chat template in {folder.path}")

@@ -32,11 +32,13 @@ from surgvqa.endings import (
     NOT_BEGUN,
     PEER_LOST,
     Ending,
+    NotBegun,
     NumericFailure,
     Preempted,
     Stop,
     Stopped,
     leave_code,
+    leave_now,
 )
 from surgvqa.flops import Speed
 from surgvqa.loss import TreeLoss
@@ -45,6 +47,7 @@ from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import main_first
 from surgvqa.recipe import BadInput, Recipe
+from surgvqa.results import OPTIMIZER, RECIPE
 from surgvqa.run import (
     RECENT,
     Records,
@@ -93,7 +96,7 @@ def train(settings: Recipe, *, fresh: bool = False, accept_changes: bool = False
         with Stop(settings.train.max_hours, start=NOT_BEGUN) as stop:
             return _run(settings, stop, fresh=fresh, accept_changes=accept_changes)
     except Stopped as error:
-        raise Preempted(str(error)) from None
+        raise NotBegun(str(error)) from None
 
 
 def _run(settings: Recipe, stop: Stop, *, fresh: bool, accept_changes: bool) -> Path:
@@ -183,7 +186,7 @@ def _train(
     optimizer = _optimizer(settings, parameters, fused=device.type == "cuda")
     if resume:
         try:
-            checkpoint.load_optimizer(resume.folder / "optimizer.safetensors", optimizer, parameters)
+            checkpoint.load_optimizer(resume.folder / OPTIMIZER, optimizer, parameters)
         except KeyError as error:
             raise BadInput(
                 f"{resume.folder}: its optimizer is that of another model; {error} is missing"
@@ -218,8 +221,8 @@ def _train(
         def fill(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
             model.save(network, folder, weights)
             hub.copy_processor(prepared.folder, folder)
-            save_file(moments, folder / "optimizer.safetensors")
-            checkpoint.write_text(folder / "recipe.yaml", settings.dump())
+            save_file(moments, folder / OPTIMIZER)
+            checkpoint.write_text(folder / RECIPE, settings.dump())
             checkpoint.write_json(folder / checkpoint.STATE, state)
 
         writer.write(step, fill, model.weights(network), checkpoint.moments(optimizer, parameters))
@@ -488,6 +491,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return leave_code(recipe.explain(error))
     except Ending as error:
         log.error("%s", error)
+        if isinstance(error, NotBegun):
+            leave_now(error.exit_code)
         return leave_code(error.exit_code)
     return leave_code(0)
 

@@ -382,6 +382,27 @@ def test_near_identical_images_in_two_parts(build: Builder, monkeypatch: pytest.
     ]
 
 
+def test_answers_that_differ_only_in_case_or_punctuation_are_counted_by_type(build: Builder) -> None:
+    for number, answer in enumerate(["No", "No", "no", "Yes!", "yes", "1.5", "15", "not relevant"]):
+        build.add(f"{number}.png", "train", answer, question=answer)
+    build.add("a.png", "train", "lower-right", question="Where?")
+    where = [replace(build.examples[-1], question_type="where")]
+    labels = ("specimen_bag", "specimenbag")  # a corpus's own two labels
+    for number, answer in enumerate(["Lower right", *labels, "specimenbag"]):
+        build.add(f"where {number}.png", "train", answer, question=f"Where? {number}")
+        where.append(replace(build.examples[-1], question_type="where"))
+    where[2:4] = [replace(each, labels=labels) for each in where[2:4]]
+    told = [p for p in check(Dataset([*build.examples[3:11], *where], [])).problems if "ways" in p.what]
+    assert list(map(str, told)) == [
+        "q.jsonl:6: 2 answers of the type question written in ways that differ only in case or punctuation, "
+        "which exact match tells apart: 'No' (2) and 'no' (1); 'Yes!' (1) and 'yes' (1); "
+        "write each in one way",
+        "q.jsonl:13: 1 answer of the type where written in ways that differ only in case or punctuation, "
+        "which exact match tells apart: 'lower-right' (1) and 'Lower right' (1); write each in one way",
+    ]
+    assert all(problem.warning for problem in told)
+
+
 def test_junk_answers_are_counted(build: Builder) -> None:
     for number, answer in enumerate(["N/A", "n/a", "?", *["none"] * 40, *["polyp"] * 60]):
         build.add("train.png", "train", answer, question=f"Which, {number}?")

@@ -20,7 +20,7 @@ def saved(root: Path, *steps: int, keep: int = 2, score: float | None = None) ->
     for step in steps:
         with checkpoint.writing(root, step, keep=keep) as folder:
             (folder / "weights").write_bytes(os.urandom(5000))
-            (folder / "state.json").write_text(
+            (folder / checkpoint.STATE).write_text(
                 json.dumps({"step": step, "score": score and (score, -1)}), encoding="utf-8"
             )
     return sorted(folder.name for folder in root.iterdir() if folder.is_dir())
@@ -75,10 +75,12 @@ def test_a_foreign_folder_is_not_replaced_either(tmp_path: Path) -> None:
 
 def test_a_manifest_of_nothing_is_no_whole_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
-    (tmp_path / "step-000002" / "manifest.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "step-000002" / checkpoint.MANIFEST).write_text("{}", encoding="utf-8")
     newest, rejected = checkpoint.newest(tmp_path)
     assert newest == tmp_path / "step-000001"
-    assert rejected == [f"{tmp_path / 'step-000002'}: manifest.json: does not name state.json"]
+    assert rejected == [
+        f"{tmp_path / 'step-000002'}: trainer/manifest.json: does not name trainer/state.json"
+    ]
 
 
 @pytest.mark.fault("F23")
@@ -98,7 +100,7 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "flipped": flipped}[how])
 
 
-@pytest.mark.parametrize("name", ["weights", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["weights", checkpoint.STATE, checkpoint.MANIFEST])
 @pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "deleted"])
 @pytest.mark.fault("F9")
 def test_damage_is_found_by_name_and_an_older_one_is_taken(tmp_path: Path, name: str, how: str) -> None:
@@ -195,7 +197,9 @@ def test_a_write_goes_on_behind_its_callers_back_and_one_at_a_time(tmp_path: Pat
         assert checkpoint.verify(tmp_path / "step-000001") == []
         assert [each.step for each in told] == [1]
     assert [each.step for each in told] == [1, 2]
-    assert told[0].bytes == sum(file.stat().st_size for file in (tmp_path / "step-000001").iterdir())
+    assert told[0].bytes == sum(
+        file.stat().st_size for file in (tmp_path / "step-000001").rglob("*") if file.is_file()
+    )
     assert min(told[0].waited, told[0].seconds) > 0.2
     for step, value in ((1, 1.0), (2, 0.0)):
         weights = load_file(tmp_path / f"step-00000{step}" / "weights.safetensors")["weight"]

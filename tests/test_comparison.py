@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -144,9 +145,21 @@ def test_a_question_type_may_be_called_all(tmp_path: Path) -> None:
 def test_a_run_equals_itself(tmp_path: Path) -> None:
     run = write(tmp_path / "a", answered(1, 0.5))
     found = compare(run, run, resamples=200)
-    for difference in found.overall.scores.values():
-        assert (difference.difference, difference.interval, difference.p) == (0, None, 1)
+    for name, difference in found.overall.scores.items():
+        assert (difference.difference, difference.p) == (0, 1)
+        assert (difference.interval is None) == (name != "exact")
+    exact = stats.binomtest(0, found.groups).proportion_ci(0.95, method="exact")
+    assert found.overall.scores["exact"].interval == pytest.approx((-exact.high, exact.high))
     assert found.overall.mcnemar.p == 1
+
+
+def test_all_right_against_all_wrong(tmp_path: Path) -> None:
+    right = [replace(row, answer=row.references[0]) for row in answered(1, 0.5)]
+    wrong = [replace(row, answer="something else") for row in right]
+    runs = write(tmp_path / "a", wrong), write(tmp_path / "b", right)
+    found = compare(*runs, resamples=200)
+    most = 1 - 0.025 ** (1 / found.groups)
+    assert found.overall.scores["exact"].interval == pytest.approx((1 - 2 * most, 1))
 
 
 def test_questions_that_one_alone_has_are_told_and_left_out(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from surgvqa import intervals
-from surgvqa.intervals import Array, Tally, bootstrap, draws, interval, p_value, summed
+from surgvqa.intervals import Array, Tally, bootstrap, constant, draws, interval, p_value, summed
 
 
 def share(sums: Array) -> Array:
@@ -77,6 +78,17 @@ def test_an_interval_is_the_middle_of_what_was_drawn() -> None:
     assert interval(np.append(np.arange(1001.0), [np.nan] * 50)) == pytest.approx((25, 975))
     assert interval(np.ones(100)) is None
     assert interval(np.zeros(0)) is None
+
+
+@pytest.mark.parametrize("groups", [1, 2, 9, 100, 2769])
+def test_a_constant_share_has_the_exact_binomial_interval(groups: int) -> None:
+    for value in (0, 1):
+        exact = stats.binomtest(value * groups, groups).proportion_ci(0.95, method="exact")
+        assert constant(value, groups, 0, 1) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    low, high = constant(0, groups, -1, 1)
+    assert -low == high == pytest.approx(constant(0, groups, 0, 1)[1])
+    assert constant(1, groups, -1, 1) == pytest.approx((1 - 2 * high, 1))
+    assert constant(-1, groups, -1, 1) == pytest.approx((-1, 2 * high - 1))
 
 
 def test_p_by_hand() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -83,8 +84,7 @@ def test_small_buckets_and_few_groups_are_marked() -> None:
     assert not score(rows(0, 20), NO_PRIOR, resamples=9)["overall"]["few"]
     assert scores.table(result)[0][1] == "41"
     assert scores.table(result)[1][:3] == ("rare", "1*†", "0.0")
-    # Right or wrong in every group: no resample differs, so there is no interval.
-    assert scores.table(result)[1][3] == "-"
+    assert scores.table(result)[1][3] == "0.0 – 97.5"
     assert " – " in scores.table(result)[0][3]
 
 
@@ -118,7 +118,7 @@ def test_nothing_to_score_and_a_single_group() -> None:
     assert scores.table(empty) == [("all", "0*†", "-", "-", "-")]
     alone = overall([replace(r, group="one") for r in rows(0, 30)])
     assert alone["intervals"] == {}
-    assert alone["exact"] > 0
+    assert 0 < alone["exact"] < 1
 
 
 def test_everything_is_json_without_nan() -> None:
@@ -470,7 +470,27 @@ def test_every_score_has_an_interval_around_it() -> None:
         low, high = found["intervals"][name]
         assert low < found[name] < high, name
     assert "ece" in found["intervals"]
-    assert "prior" not in found["intervals"]  # it is wrong everywhere
+
+
+@pytest.mark.parametrize(("answer", "value"), [("a", 1), ("b", 0)])
+def test_a_score_at_the_end_of_its_scale_has_the_interval_of_its_groups(answer: str, value: int) -> None:
+    """Clopper and Pearson's, of groups: 12 of them with 5 questions each, 3 of which have another type."""
+    prior = Prior([Example("t", (), "Q?", ("a",), "state")])
+    made = [
+        row(n, answer, "a", group=f"video {n % 12}", question_type="rare" if n % 12 < 3 else "state")
+        for n in range(60)
+    ]
+    result = score(made, prior, resamples=50)
+    for bucket, groups in ((result["overall"], 12), (result["by_type"]["rare"], 3)):
+        exact = stats.binomtest(value * groups, groups).proportion_ci(0.95, method="exact")
+        assert (bucket["exact"], bucket["groups"]) == (value, groups)
+        assert bucket["intervals"]["exact"] == pytest.approx([exact.low, exact.high])
+        assert bucket["intervals"]["prior"] == pytest.approx([0.025 ** (1 / groups), 1])
+        low, high = bucket["intervals"]["above_prior"]
+        assert low <= value - 1 <= high
+        # Other scores have none: how far they could be off is not known from the groups alone.
+        assert "macro_f1" not in bucket["intervals"]
+    assert scores.table(result)[0][3] == {1: "73.5 – 100.0", 0: "0.0 – 26.5"}[value]
 
 
 def test_the_same_seed_gives_the_same_scores() -> None:
@@ -551,7 +571,7 @@ def test_real_sentences(shared: Path) -> None:
         found[name] = overall(made)
         assert found[name]["n"] == 120
         assert found[name]["few_groups"]
-        assert found[name]["intervals"] == {}
+        assert found[name]["intervals"].keys() <= {"exact"}  # of one group: only at 0 or 1
     for score_name in ("exact", *nlg.NAMES):
         assert found["finetuned"][score_name] > found["zeroshot"][score_name]
     assert 0.5 < found["finetuned"]["bleu4"] < 1

@@ -83,8 +83,8 @@ class Place:
 
     def sign(self) -> None:
         """A manifest that agrees with what the checkpoint now holds."""
-        (self.saved / "manifest.json").unlink()
-        checkpoint.write_json(self.saved / "manifest.json", checkpoint._manifest(self.saved))
+        (self.saved / "trainer/manifest.json").unlink()
+        checkpoint.write_json(self.saved / "trainer/manifest.json", checkpoint._manifest(self.saved))
 
     def outside(self) -> dict[str, tuple[int, str]]:
         """Every file but the run's and Python's caches."""
@@ -375,7 +375,9 @@ def test_a_jobs_scratch_is_new_and_its_users_alone(tmp_path: Path) -> None:
 
 
 def _manifest_elsewhere(place: Place) -> None:
-    place.set(place.saved / "manifest.json", **{"../../../data/questions.jsonl": {"size": 1, "sha256": ""}})
+    place.set(
+        place.saved / "trainer/manifest.json", **{"../../../data/questions.jsonl": {"size": 1, "sha256": ""}}
+    )
 
 
 def _link(file: Path, target: Path) -> None:
@@ -388,13 +390,19 @@ def _link(file: Path, target: Path) -> None:
 CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "outside": (_manifest_elsewhere, "is not in the checkpoint's folder"),
     "absolute": (
-        lambda p: p.set(p.saved / "manifest.json", **{"/etc/hostname": {"size": 1, "sha256": ""}}),
+        lambda p: p.set(p.saved / "trainer/manifest.json", **{"/etc/hostname": {"size": 1, "sha256": ""}}),
         "is not in the checkpoint's folder",
     ),
-    "a link": (lambda p: _link(p.saved / "state.json", p.folder / "x"), "is a link, a pipe or a device"),
-    "a pipe": (lambda p: _pipe(p.saved / "recipe.yaml"), "is a link, a pipe or a device"),
-    "endless": (lambda p: (p.saved / "manifest.json").write_text('{"x": {"size": 1e999}}'), "unreadable"),
-    "brackets": (lambda p: (p.saved / "manifest.json").write_text("[" * 100_000), "unreadable"),
+    "a link": (
+        lambda p: _link(p.saved / "trainer/state.json", p.folder / "x"),
+        "is a link, a pipe or a device",
+    ),
+    "a pipe": (lambda p: _pipe(p.saved / "trainer/recipe.yaml"), "is a link, a pipe or a device"),
+    "endless": (
+        lambda p: (p.saved / "trainer/manifest.json").write_text('{"x": {"size": 1e999}}'),
+        "unreadable",
+    ),
+    "brackets": (lambda p: (p.saved / "trainer/manifest.json").write_text("[" * 100_000), "unreadable"),
 }
 
 
@@ -408,7 +416,7 @@ def test_a_checkpoint_is_refused(place: Place, name: str) -> None:
 @pytest.mark.parametrize("state", ["[]", "{}", '{"step": -5, "data": {}, "skipped": 0, "settled": true}',
                                    '{"step": "2", "data": "", "skipped": 1e999, "settled": 3}'])  # fmt: skip
 def test_a_state_of_other_types_is_refused(place: Place, state: str) -> None:
-    (place.saved / "state.json").write_text(state)
+    (place.saved / "trainer/state.json").write_text(state)
     place.sign()
     with pytest.raises(BadInput, match=r"state\.json: (not a checkpoint's state|says step -5)"):
         resumable(place.run, recipe.load("recipe.yaml"), {})
@@ -417,7 +425,7 @@ def test_a_state_of_other_types_is_refused(place: Place, state: str) -> None:
 def test_another_models_adapters_and_optimizer_are_refused(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_file({"evil|exp_avg": torch.zeros(3)}, place.saved / "optimizer.safetensors")
+    save_file({"evil|exp_avg": torch.zeros(3)}, place.saved / "trainer/optimizer.safetensors")
     place.sign()
     more = ["train", "recipe.yaml", "train.max_steps=3", "--accept-changes"]
     assert cli.main(more) == 2

@@ -97,7 +97,7 @@ def test_a_run_begins_with_the_weights_of_another_and_then_needs_it_no_more(
     stopped = train.train(settings("stopped", *begun, "train.max_steps=3"))
     assert traced(stopped) == traced(whole)
     for run in (whole, stopped):
-        state = json.loads((run / "checkpoints/step-000003/state.json").read_text())
+        state = json.loads((run / "checkpoints/step-000003/trainer/state.json").read_text())
         assert state["adapter"]["checkpoint"] == str(folder)
         assert state["adapter"]["manifest"].startswith("sha256:")
         assert f"adapter: {first}" in (run / "recipe.yaml").read_text()

@@ -164,6 +164,39 @@ def test_golden_positions(golden: Any, chat: ChatTokens) -> None:
         assert (ours - ours[:, :1] + expected[:, :1]).tolist() == expected[:, :length].tolist()
 
 
+THOUGHT = "<think>The disc is red.</think>\nyes"
+
+
+def test_added_tokens_that_are_no_structure_are_text(real: ChatTokens) -> None:
+    """Tokens of Qwen3-VL, plain text in Qwen2-VL: the answer that was learned is the answer that is read."""
+    added = {each.content for each in real.tokenizer.added_tokens_decoder.values()}
+    assert ("<think>" in added) == (real.folder.family == "qwen3_vl")
+    for text in (THOUGHT, "<tool_call>x</tool_call>", "a <|fim_pad|> b"):
+        branch = real.branches([ask(f"Is {text} red?", text)])[0]
+        written = branch.ids[branch.prompt :][: branch.answer].tolist()
+        assert real.text(written) == real.text(written, boxes=True) == text
+        assert real.unspecial(f"{text}<|im_end|>") == " ".join(text.split())
+    for token in real.folder.special.keys() | {"<|im_start|>", "<|endoftext|>", "<|video_pad|>"}:
+        assert real.text(real.tokenizer(f"yes{token}")["input_ids"]) == "yes"
+        with pytest.raises(BadInput, match="holds the special token"):
+            real.branches([ask("Fine?", f"no {token}")])
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+def test_a_users_own_token_is_text(folder: Path, flagged: bool) -> None:
+    """As `tokenizer.add_tokens(["<grasper>"])` writes it, with and without `special_tokens=True`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<grasper>"], special_tokens=flagged)
+    tokenizer.save_pretrained(folder)
+    chat = ChatTokens(hub.find(str(folder)))
+    assert chat.tokenizer.convert_tokens_to_ids("<grasper>") in chat.tokenizer.added_tokens_decoder
+    branch = chat.branches([ask("Which one?", "the <grasper>, left")])[0]
+    written = branch.ids[branch.prompt :][: branch.answer].tolist()
+    assert chat.text(written) == "the <grasper>, left"
+
+
 # Folders that must not be trained on.
 
 
@@ -206,6 +239,30 @@ def test_a_tokenizer_that_disagrees_with_the_configuration_is_refused(folder: Pa
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(BadInput, match=r"<\|image_pad\|> the id \d+, config.json says \d+"):
         ChatTokens(hub.find(str(folder)))
+
+
+def test_a_template_that_thinks_is_refused(shared: Path, tmp_path: Path) -> None:
+    """As those of Qwen3-VL-*-Thinking: the answer begins inside of a thought."""
+    import shutil
+
+    made = Path(shutil.copytree(shared / "qwen" / REAL["qwen3"], tmp_path / "thinking"))
+    template = json.loads((made / "chat_template.json").read_text(encoding="utf-8"))["chat_template"]
+    ask_for = "{{- '<|im_start|>assistant\\n' }}"
+    assert ask_for in template
+    for prompt, thinks in (("<think>\\n", True), ("<think>\\n\\n</think>\\n\\n", False)):
+        changed = template.replace(ask_for, ask_for.replace("' }}", f"{prompt}' }}}}"))
+        for name, text in (
+            ("chat_template.json", json.dumps({"chat_template": changed})),
+            ("chat_template.jinja", changed),
+        ):
+            (made / name).write_text(text, encoding="utf-8")
+            if thinks:
+                with pytest.raises(BadInput, match=r"begins every answer with <think>.*the Instruct model"):
+                    hub.find(str(made))
+            else:
+                hub.find(str(made))
+            (made / "chat_template.json").unlink(missing_ok=True)
+        (made / "chat_template.jinja").unlink()
 
 
 def test_a_name_that_is_nothing_says_so(tmp_path: Path) -> None:

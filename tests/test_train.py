@@ -18,6 +18,7 @@ import torch
 from conftest import FAMILIES, TOPICS, noise_image, write_jsonl
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
@@ -30,6 +31,7 @@ from surgvqa.recipe import BadInput, Log
 from surgvqa.replay import replay
 from surgvqa.run import Records, resumable
 from surgvqa.show import show
+from surgvqa.sources import opened
 
 RECIPE = """
 model: {name: tiny-qwen3-vl, tune: full, train_vision: true, train_merger: true}
@@ -323,6 +325,7 @@ def test_transformers_loads_a_full_checkpoint_as_it_is(settings: Any) -> None:
     assert "Qwen3VLProcessor" in (folder / "preprocessor_config.json").read_text()
     assert len(AutoTokenizer.from_pretrained(folder)) > 700
     assert Qwen2VLImageProcessorPil.from_pretrained(folder).patch_size == 16
+    served(folder, list(ours.state_dict()))
     # The checkpoint's folder is itself a model to train on.
     assert hub.find(str(folder)).family == "qwen3_vl"
 
@@ -330,7 +333,7 @@ def test_transformers_loads_a_full_checkpoint_as_it_is(settings: Any) -> None:
 @pytest.mark.parametrize("vision", ["true", "false"])
 @pytest.mark.parametrize("merger", ["true", "false"])
 def test_peft_loads_a_lora_checkpoint_as_it_is(settings: Any, vision: str, merger: str) -> None:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     run = train.train(
         settings(
@@ -346,9 +349,26 @@ def test_peft_loads_a_lora_checkpoint_as_it_is(settings: Any, vision: str, merge
     before = logits(plain, run)
     theirs = logits(PeftModel.from_pretrained(plain, folder), run)
 
-    ours = logits(prepare(recipe.load(run / "recipe.yaml")).network(folder), run)
+    network = prepare(recipe.load(run / "recipe.yaml")).network(folder)
+    ours = logits(network, run)
     assert not torch.allclose(before, ours, rtol=1e-3)
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
+    served(folder, list(get_peft_model_state_dict(network)))
+
+
+def served(folder: Path, weights: list[str]) -> None:
+    """Check that a server which loads every *.safetensors at the top finds the weights, each once, and
+    nothing else; and that what only training reads lies apart."""
+    loaded: list[str] = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            loaded += content.keys()
+    tied = {"lm_head.weight"}  # stored once, as the embedding
+    assert set(loaded) | tied == set(weights) | tied
+    assert len(loaded) == len(set(loaded)) > 10
+    trainer = {"recipe.yaml", "state.json", "manifest.json", "optimizer.safetensors"}
+    assert {file.name for file in (folder / "trainer").iterdir()} == trainer
+    assert not trainer & {file.name for file in folder.iterdir()}
 
 
 def test_a_pattern_inside_a_module_that_trains_whole_is_refused(settings: Any) -> None:
@@ -554,11 +574,30 @@ def test_the_trained_model_is_let_go_before_the_best_one_is_loaded(
 def test_a_checkpoint_whose_recipe_is_of_another_version_is_not_to_be_edited(settings: Any) -> None:
     run = train.train(settings("train.max_steps=1"))
     (folder,) = (run / "checkpoints").iterdir()
-    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    (folder / "recipe.yaml").write_text(text.replace("checkpoint_layers", "gradient_checkpointing"))
+    text = (folder / "trainer/recipe.yaml").read_text(encoding="utf-8")
+    (folder / "trainer/recipe.yaml").write_text(text.replace("checkpoint_layers", "gradient_checkpointing"))
     with pytest.raises(BadInput, match="was written by another version of surgvqa") as caught:
         checkpoint.recipe_of(folder)
     assert "train.gradient_checkpointing: unknown key" in caught.value.problems[1]
+
+
+def test_a_checkpoint_of_the_former_layout_is_named_and_not_passed_over(settings: Any, capsys: Any) -> None:
+    words = ["train.max_steps=1"]
+    run = train.train(settings(*words))
+    (folder,) = (run / "checkpoints").iterdir()
+    for file in (folder / "trainer").iterdir():
+        file.rename(folder / file.name)
+    (folder / "trainer").rmdir()
+    said = rf"{folder}: was written by another version of surgvqa.*--fresh --yes"
+    with pytest.raises(BadInput, match=said):
+        train.train(settings(*words))
+    for source in (run, folder):
+        with pytest.raises(BadInput, match=said):
+            opened(source)
+    with pytest.raises(BadInput, match=said):
+        train.train(settings(*words, f"model.adapter={folder}", f"output={run}-second"))
+    train.train(settings(*words), fresh=True)
+    assert checkpoint.verify(folder) == []
 
 
 def test_a_step_is_replayed_as_it_was(settings: Any) -> None:
@@ -602,7 +641,7 @@ def test_what_a_checkpoint_takes_is_about_what_was_foreseen(
     chosen = settings(f"model.name={name}", f"model.tune={tune}", f"model.train_vision={vision}",
                       "model.train_merger=false", "train.max_steps=1", "train.precision=bf16")  # fmt: skip
     (folder,) = (train.train(chosen) / "checkpoints").iterdir()
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert prepare(chosen).checkpoint_bytes() == pytest.approx(size, rel=0.03)
 
 
@@ -626,7 +665,7 @@ def test_room_is_needed_for_what_is_kept_and_what_is_written(
     needs(300, saves=9)
     for step, free in ((1, 200), (2, 100), (3, 100)):
         folder = root / checkpoint.folder_name(step)
-        folder.mkdir()
+        (folder / "trainer").mkdir(parents=True)
         (folder / checkpoint.STATE).write_bytes(b"x" * 100)
         needs(free, saves=9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0))

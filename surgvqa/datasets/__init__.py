@@ -232,13 +232,17 @@ def in_context(examples: Sequence[Example], answers: Mapping[str, str]) -> list[
 
 
 def normalise(answer: str) -> str:
-    """What tells one answer from another: NFKC, single blanks, and the set of `;`-parts, each without final
-    full stops.
+    """Return what tells one answer from another: NFKC, single blanks, and the set of `;`-parts, each without
+    final full stops.
 
-    Case is kept: some data sets have labels that differ in nothing else.
+    Full stops are `.` and the marks of other scripts that Unicode calls sentence terminals and that end
+    statements: Armenian, Urdu, Devanagari (danda and double danda), Ethiopic, Khmer, Burmese and Chinese or
+    Japanese ones. NFKC makes full-width and half-width forms one of these, and an ellipsis three dots. `?`
+    and `!` stay, and so does case: some data sets have labels that differ in nothing else.
     """
+    stops = ".\u0589\u06d4\u0964\u0965\u104b\u1362\u17d4\u17d5\u3002"
     text = " ".join(unicodedata.normalize("NFKC", answer).split())
-    parts = sorted({part.strip().rstrip(".").strip() for part in text.split(";")} - {""})
+    parts = sorted({part.strip().rstrip(stops).strip() for part in text.split(";")} - {""})
     return "; ".join(parts) or text
 
 

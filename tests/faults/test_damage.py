@@ -77,8 +77,9 @@ def test_damage_to_any_file_is_found_by_name(
         whole = file.read_bytes()
         damage(file, how, moments)
         found, rejected = checkpoint.newest(root)
-        assert found == older, file.name
-        assert [problem.partition(": ")[2].partition(": ")[0] for problem in rejected] == [file.name]
+        name = file.relative_to(newest).as_posix()
+        assert found == older, name
+        assert [problem.partition(": ")[2].partition(": ")[0] for problem in rejected] == [name]
         file.write_bytes(whole)
     assert checkpoint.newest(root) == (newest, [])
 
@@ -88,7 +89,7 @@ def test_a_run_falls_back_and_goes_on_or_refuses(hurt: Make, reference: Path) ->
     """Damage to the newest checkpoint, twice; when all is done to all of them."""
     run, moments, said = hurt("damaged"), random.Random(9), ""
     root = run.folder / "checkpoints"
-    hurts = [("model.safetensors", "flipped"), ("manifest.json", "deleted")]
+    hurts = [("model.safetensors", "flipped"), ("trainer/manifest.json", "deleted")]
     for number, (name, how) in enumerate(hurts):
         process = run.start(ONE)
         run.until(lambda: said in run.log and run.steps() >= 5 + 4 * number)  # noqa: B023
@@ -104,11 +105,11 @@ def test_a_run_falls_back_and_goes_on_or_refuses(hurt: Make, reference: Path) ->
 
     metrics = (run.folder / "metrics.jsonl").read_bytes()
     for _, folder in checkpoint.steps(root):
-        damage(folder / "optimizer.safetensors", "truncated", moments)
+        damage(folder / "trainer/optimizer.safetensors", "truncated", moments)
     assert run.start(ONE).wait(120) == 2
     assert run.left() == 2
     for _, folder in checkpoint.steps(root):
-        assert f"{folder}: optimizer.safetensors: " in run.log
+        assert f"{folder}: trainer/optimizer.safetensors: " in run.log
     assert "no checkpoint is whole; train anew with --fresh --yes" in run.log
     assert (run.folder / "metrics.jsonl").read_bytes() == metrics
     assert "Traceback" not in run.log
@@ -126,12 +127,16 @@ class Malicious:
 
 def forge_manifest(folder: Path) -> None:
     """A manifest to which all that lies in a folder agrees."""
-    files = [file for file in folder.iterdir() if file.name != "manifest.json"]
+    manifest = folder / "trainer/manifest.json"
+    files = [file for file in folder.rglob("*") if file.is_file() and file != manifest]
     content = {
-        file.name: {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        file.relative_to(folder).as_posix(): {
+            "size": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
         for file in files
     }
-    (folder / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
+    manifest.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.mark.long
@@ -157,11 +162,11 @@ def test_a_pickle_is_not_run(
     for folder in (lying, named):
         for name in pickles:
             (folder / name).write_bytes(poison)
-    (replaced / "optimizer.safetensors").write_bytes(poison)
+    (replaced / "trainer/optimizer.safetensors").write_bytes(poison)
     forge_manifest(named)
     forge_manifest(replaced)
     run.finish(ONE, *words, *saves)
-    assert f"warning: {replaced}: optimizer.safetensors: no safetensors file" in run.log
+    assert f"warning: {replaced}: trainer/optimizer.safetensors: no safetensors file" in run.log
     for folder in (lying, named):
         for name in pickles:
             assert f"warning: {folder}: {name}: could run code when it is read" in run.log

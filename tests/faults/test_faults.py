@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from surgvqa import checkpoint
+
 from .conftest import ONE, TWO, Hurt
 
 Make = Callable[..., Hurt]
@@ -67,7 +69,7 @@ def test_asked_to_stop(
     assert run.left() == 4, run.log
     assert ended(run)["name"] == "preempted"
     newest = max((run.folder / "checkpoints").iterdir())
-    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    state = json.loads((newest / checkpoint.STATE).read_text(encoding="utf-8"))
     assert state["step"] == run.steps() < 20
     assert f"stopped after step {state['step']}" in run.log
     run.finish(launcher)

@@ -229,7 +229,7 @@ def files(run: Path) -> dict[str, dict[str, Any]]:
         for folder in (run / "checkpoints").iterdir()
     }
     for manifest in found.values():
-        del manifest["recipe.yaml"]
+        del manifest["trainer/recipe.yaml"]
     return found
 
 
@@ -277,8 +277,9 @@ def test_thirty_saves_among_foreign_folders(runs: Runs) -> None:
         "best/notes": "mine",
         ".tmp-mine/notes": "mine",
         ".tmp-step-7/notes": "mine",
-        "step-777777/manifest.json": "{}",
-        "step-888888/manifest.json": "no JSON",
+        "step-777777/trainer/manifest.json": "{}",
+        "step-888888/manifest.json": "{}",
+        "step-888888/trainer/manifest.json": "no JSON",
         "step-999999/model.safetensors": "",
     }
     for name, text in foreign.items():

@@ -29,4 +29,5 @@ CATALOGUE = {
     "F26": "what trains, how, on what",
     "F27": "a data worker killed",
     "F28": "foreign folders among checkpoints",
+    "F34": "asked to stop by a signal while it starts",
 }

@@ -13,7 +13,7 @@ import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -21,12 +21,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgvqa import datasets, scores
+from surgvqa.augment import Placement
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem, splits
-from surgvqa.grounding import as_rows, misplaced
+from surgvqa.grounding import (
+    as_rows,
+    decide_units,
+    left_as_text,
+    misplaced,
+    moves,
+    on_canvases,
+    with_units,
+    write_answer,
+)
 from surgvqa.letterbox import Rectangle, Size, check_aspect
 from surgvqa.metrics import Prediction, normalise
 from surgvqa.recipe import Part, Recipe, printable
-from surgvqa.scan import ImageFacts, near, scan
+from surgvqa.scan import ImageFacts, alike, near, scan
 
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -40,7 +50,7 @@ _PICTURES = 12
 """How many of the images concerned a problem names for a page to show."""
 
 NEAR = 4
-"""Bits of 64 in which perceptual hashes of near-identical images differ at most."""
+"""Bits of 64 in which the perceptual hashes of copies of a picture differ at most."""
 
 JUNK = frozenset({"nan", "null", "n/a", "#n/a", "na", "undefined", "-", "--", "?", "."})
 """Texts that stand for a missing value, in lower case."""
@@ -61,6 +71,8 @@ class Audit:
     """What `data.on_error: skip` left out, each also a warning among the problems."""
     left_out: frozenset[str] = frozenset()
     """Ids of questions that were read well but left out since of an image or a text of theirs."""
+    units: dict[str, str] = field(default_factory=dict)
+    """The unit of boxes in texts that the data itself proves, by the recipe key that does not say it."""
     counts: dict[str, int] = field(default_factory=dict)
     """How much was left out: rows for what they say, images, and the questions about those."""
     notes: list[str] = field(default_factory=list)
@@ -82,8 +94,9 @@ class Audit:
         return {key: facts.digest for key, facts in self.facts.items() if facts.digest}
 
     def kept(self, dataset: Dataset) -> Dataset:
-        """The data without what is left out."""
-        return replace(dataset, examples=[e for e in dataset.examples if e.id not in self.left_out])
+        """The data without what is left out, and with the units of all boxes decided."""
+        examples = (example for example in dataset.examples if example.id not in self.left_out)
+        return replace(dataset, examples=[with_units(example, self.units) for example in examples])
 
 
 def load_and_audit(
@@ -103,6 +116,7 @@ def load_and_audit(
         dataset,
         mode=recipe.image.mode,
         crop=recipe.image.crop,
+        augment=recipe.image.augment,
         by=splits.unit(recipe.data.split),
         special_tokens=special_tokens,
         trains=trains,
@@ -249,11 +263,55 @@ def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> It
         )
 
 
+def too_short(
+    recipe: Recipe,
+    dataset: Dataset,
+    parts: Collection[Part],
+    family: str,
+    canvases: Mapping[str, Placement],
+    count: Callable[[Iterable[str]], Mapping[str, int]],
+) -> Iterator[Problem]:
+    """Yield a warning for each part to evaluate in which `eval.max_new_tokens` cuts right answers.
+
+    A question counts if none of its references fits, each with its boxes as the family writes them and its
+    end of turn: whatever the model has learned, its answer cannot be right. `count` gives texts their numbers
+    of tokens. Answers chosen among labels are never cut.
+    """
+    limit = recipe.eval.max_new_tokens
+    for part in PARTS if recipe.eval.answers == "generate" else ():
+        examples = dataset.part(part) if part in parts else []
+        texts = [_written(example, family, canvases) for example in examples]
+        tokens = count(text for own in texts for text in own)
+        lengths = [[tokens[text] + 1 for text in own] for own in texts]
+        long = [place for place, own in enumerate(lengths) if min(own) > limit]
+        if long:
+            needed = max(max(lengths[place]) for place in long)
+            what = (
+                f"{limit} cuts every right answer to {len(long)} of {_count(len(examples), 'question')} of "
+                f"{part}: they have up to {needed} tokens with their end of turn, the first at "
+                f"{examples[long[0]].place}; set {needed} or more"
+            )
+            yield Problem("eval.max_new_tokens", what, warning=True)
+
+
+def _written(example: Example, family: str, canvases: Mapping[str, Placement]) -> list[str]:
+    """Return an example's references as the model would write them."""
+    answers = [answer.strip() for answer in example.answers]
+    if not example.regions or not all(image.key in canvases for image in example.images):
+        return answers
+    boxes = on_canvases(example, example.regions, canvases)
+    return [
+        write_answer(family, answer, boxes, len(example.images), layout=example.layout if number == 0 else "")
+        for number, answer in enumerate(answers)
+    ]
+
+
 def audit(
     dataset: Dataset,
     *,
     mode: str,
     crop: str = "none",
+    augment: str = "none",
     by: str = "official",
     special_tokens: Collection[str] = (),
     trains: bool = True,
@@ -263,8 +321,8 @@ def audit(
 ) -> Audit:
     """Check parts, leaks, answers and every image; nothing is raised for what is wrong with the data.
 
-    `mode` and `crop` are the recipe's of `image`, and `by` what its split keeps together: a split by image
-    may put a group in two parts, which is a warning then. Texts that hold one of the model's
+    `mode`, `crop` and `augment` are the recipe's of `image`, and `by` what its split keeps together: a split
+    by image may put a group in two parts, which is a warning then. Texts that hold one of the model's
     `special_tokens` are errors. Data without questions to train on is an error only if it `trains`. With
     `skip` bad rows, and questions about bad images, are left out and become warnings; everything else is
     checked without them. `headers` and `progress` are those of `scan`.
@@ -280,8 +338,22 @@ def audit(
     rows = [problem for problem in dataset.problems if not (problem.warning or problem.whole)]
     sizes = {key: facts.size for key, facts in found.found.items()}
     pictures = {key: facts.picture for key, facts in found.found.items() if facts.picture}
-    boxes = _boxes(dataset, sizes, pictures if crop == "border" else {})
-    special = {**dict(boxes), **dict(_special(dataset, special_tokens))}
+    units, of_units = decide_units(dataset.examples, sizes)
+    dataset = replace(dataset, examples=[with_units(example, units) for example in dataset.examples])
+    uses = {key: [with_units(example, units) for example in examples] for key, examples in uses.items()}
+
+    def moved(example: Example) -> bool:
+        if augment != "none" and example.split == "train":
+            return True
+        return any(
+            moves(image.key, mode, crop, sizes, pictures) for image in example.images if image.key in sizes
+        )
+
+    special = {
+        **dict(_boxes_left(dataset, moved)),
+        **dict(_boxes(dataset, sizes, pictures if crop == "border" else {})),
+        **dict(_special(dataset, special_tokens)),
+    }
     broken = [_broken(key, why, uses[key]) for key, why in faults.items()]
     skipped: list[Problem] = []
     left_out: set[str] = set()
@@ -311,9 +383,11 @@ def audit(
     problems += _parts(dataset, trains)
     problems += _leaks(uses, by, dataset.leaky)
     problems += _copies(facts, uses, dataset.leaky)
-    problems += _near(facts, uses)
+    copies, unlooked = _near(facts, uses, refs)
+    problems += copies
     problems += _junk(dataset)
     problems += _boxes_alone(dataset)
+    problems += of_units
     problems += _unseen_answers(dataset)
     problems += _spellings(dataset)
     problems += _conflicts(dataset)
@@ -321,7 +395,8 @@ def audit(
     if found.unkept:
         what = f"cannot be written, so the images will be decoded again next time: {found.unkept}"
         problems.append(Problem("$SURGVQA_CACHE", what, warning=True))
-    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), counts, list(_unseen(facts)))
+    notes = [*_unseen(facts), *unlooked]
+    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), units, counts, notes)
 
 
 def _too_long(found: Mapping[str, ImageFacts], crop: str) -> dict[str, str]:
@@ -412,6 +487,25 @@ def _boxes(
             yield example.id, Problem(example.place, "; ".join(wrong))
 
 
+def _boxes_left(dataset: Dataset, moved: Callable[[Example], bool]) -> Iterator[tuple[str, Problem]]:
+    """Ids of questions with coordinates that stay text though the canvas moves what they are of, and the
+    problem.
+    """
+    for example in dataset.examples:
+        text, marked = left_as_text(example)
+        if not text or not moved(example):
+            continue
+        what = f"{text[:80]!r} stays text, but image.mode, crop or augment moves what it points at"
+        if marked:
+            cure = (
+                "if it is a box, set data.variant: marked and write it as docs/datasets.md has it; points, "
+                "polygons and boxes that are to stay text need image.mode: native without crop and augment"
+            )
+        else:
+            cure = "if it is a box, set data.variant: boxes and data.boxes, else data.variant: marked"
+        yield example.id, Problem(example.place, f"{what}; {cure}", images=(example.images[0].key,))
+
+
 def _boxes_alone(dataset: Dataset) -> Iterator[Problem]:
     """Answers without words, of which exact match says nothing."""
     alone = [example for example in dataset.examples if example.regions and not example.answers[0].strip()]
@@ -496,31 +590,62 @@ def _copies(
             yield Problem("split", what, warning, images=_few(key for pair in pairs for key in pair))
 
 
-def _near(facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]]) -> Iterator[Problem]:
-    """Images of val or test that look like one of another part, though their bytes differ.
+_CANDIDATES = 8
+"""So many images with the nearest hashes are compared with one by their pixels."""
 
-    Up to NEAR bits apart are the same picture after another compression, scaling or brightness, and frames of
-    a video that follow each other; cropped by a twentieth it is further off.
+
+def _near(
+    facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]], refs: Mapping[str, ImageRef]
+) -> tuple[list[Problem], list[str]]:
+    """Return warnings of images of val or test that are copies of one of another part, though their bytes
+    differ, and notes on what was not looked at.
+
+    Perceptual hashes within NEAR bits find candidates, pixels decide (`scan.alike`): a copy after another
+    compression, scaling or brightness counts, the next frame of a video does not unless nothing moved. A copy
+    that is cropped by a twentieth is not found.
     """
     names: dict[str, list[str]] = {part: [] for part in PARTS}
     for key, image in facts.items():
         if image.phash:
             names[uses[key][0].split or "train"].append(key)
-    for part, earlier in (("val", ["train"]), ("test", ["train", "val"])):
-        own = names[part]
-        others = [key for other in earlier for key in names[other]]
+    found: list[tuple[Part, list[Part], list[tuple[str, str, int]]]] = []
+    for part, earlier in _EARLIER.items():
+        own, others = names[part], [key for other in earlier for key in names[other]]
         ours, theirs = ([facts[key].phash or "" for key in keys] for keys in (own, others))
-        pairs = [(own[a], others[b], bits) for a, b, bits in near(ours, theirs, NEAR)]
+        pairs = [(own[a], others[b], bits) for a, b, bits in near(ours, theirs, NEAR, _CANDIDATES)]
         pairs = [pair for pair in pairs if facts[pair[0]].digest != facts[pair[1]].digest]
-        if pairs:
-            pairs.sort(key=lambda pair: pair[2])
-            listed = _some([f"{key} ~ {other}" for key, other, _ in pairs])
+        found.append((part, earlier, sorted(pairs, key=lambda pair: pair[2])))
+    every = [pair for _, _, pairs in found for pair in pairs]
+    verdicts = (
+        iter(alike([(refs[one], refs[other]) for one, other, _ in every], facts)) if every else iter(())
+    )
+    problems, unknown = [], set()
+    for part, earlier, pairs in found:
+        copies: dict[str, str] = {}
+        for (key, other, _), verdict in zip(pairs, verdicts, strict=False):
+            if verdict:
+                copies.setdefault(key, other)
+            elif verdict is None:
+                unknown.add(key)
+        unknown -= copies.keys()
+        if copies:
+            listed = _some([f"{key} ~ {other}" for key, other in copies.items()])
             what = (
-                f"{len(pairs)} of {len(own)} images look like one of {' or '.join(earlier)} "
-                f"(perceptual hashes within {NEAR} of 64 bits): {listed}"
+                f"{len(copies)} of {len(names[part])} images are copies of one of {' or '.join(earlier)}, "
+                f"saved again (the same picture by perceptual hash and pixels): {listed}"
             )
-            shown = _few(key for *pair, _ in pairs for key in pair)
-            yield Problem(part, what, warning=True, images=shown)
+            shown = _few(key for pair in copies.items() for key in pair)
+            problems.append(Problem(part, what, warning=True, images=shown))
+    notes = []
+    if unknown:
+        notes.append(
+            f"whether {_count(len(unknown), 'image')} with a hash like one of another part show the same "
+            "picture; the next check goes on with them"
+        )
+    return problems, notes
+
+
+_EARLIER: dict[Part, list[Part]] = {"val": ["train"], "test": ["train", "val"]}
 
 
 def _junk(dataset: Dataset) -> Iterator[Problem]:

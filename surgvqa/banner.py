@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,15 @@ from surgvqa.memory import Fit
 from surgvqa.plan import Plan, quotas
 from surgvqa.prepare import Prepared
 from surgvqa.processes import Compute
+from surgvqa.recipe import printable
+from surgvqa.tokens import ChatTokens
 from surgvqa.tree import Questions
 
 _SHOWN = 30
 """How many classes are listed."""
+
+_LONG = 600
+"""Characters of an example's text that are shown; of a longer one the first and the last half of them."""
 
 
 def banner(
@@ -94,6 +100,40 @@ def banner(
         seen = Counter(metrics.normalise(example.answers[0]) for example in questions.examples)
         yield f"answers     {settings.loss.class_weights} class weights"
         yield from _listed(seen, lambda answer: f"  × {weights[answer]:.3f}")
+
+
+def example(questions: Questions) -> Iterator[str]:
+    """Yield lines with the first question decoded from its tokens: what is given, learned, and neither.
+
+    So a wrong column, prompt or template is seen at once. It needs no model. An image's tokens are counted.
+    """
+    first, chat = questions.examples[0], questions.chat
+    grids = [questions.canvases[image.key].grid(chat.folder.factor) for image in first.images]
+    branch = chat.branches([first], questions.canvases)[0]
+    end = branch.prompt + branch.answer
+    yield f"example     the first question of train, at {printable(first.place or first.id)}"
+    for name, ids in (
+        ("given", [*chat.root(grids).ids, *branch.ids[: branch.prompt]]),
+        ("supervised", branch.ids[branch.prompt : end]),
+        ("ignored", branch.ids[end:]),
+    ):
+        yield f"            {name:<12}{_shortened(printable(_decoded(chat, ids)))}"
+
+
+def _decoded(chat: ChatTokens, ids: Iterable[int]) -> str:
+    """Return tokens as text, each run of an image's tokens as one with its length."""
+    image, pieces = chat.folder.special["<|image_pad|>"], []
+    for is_image, run in itertools.groupby(map(int, ids), key=lambda token: token == image):
+        tokens = list(run)
+        pieces.append(f"<|image_pad|>×{len(tokens)}" if is_image else chat.tokenizer.decode(tokens))
+    return "".join(pieces)
+
+
+def _shortened(text: str) -> str:
+    """Return a text with its middle left out where it is long."""
+    if len(text) <= _LONG:
+        return text
+    return f"{text[: _LONG // 2]} … {len(text) - _LONG:,} characters … {text[-(_LONG // 2) :]}"
 
 
 def _listed(counts: Counter[str], more: Callable[[str], str]) -> Iterator[str]:

@@ -3,8 +3,10 @@
     checkpoints/
         .tmp-step-000200/            being written or deleted
         .tmp-replaced-step-000200/   the former one of this step, until the new one is verified
+        diverged-step-000200/        of weights that gave no finite gradients any more; never gone on from
         step-000200/                 what PEFT, transformers and vLLM expect, and nothing else:
-                                     adapter_model.safetensors or model.safetensors, config, tokenizer, processor
+                                     adapter_model.safetensors or model.safetensors, config, tokenizer,
+                                     processor
             trainer/                 recipe.yaml, state.json, manifest.json, optimizer.safetensors
 
 state.json holds the step, a digest of the training data and, where it was evaluated, the score with minus the
@@ -56,6 +58,7 @@ Score = tuple[float, float]
 UNSCORED: Score = (-math.inf, -math.inf)
 _NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 _OWN = re.compile(r"step-(\d{6,})\Z")
+_DIVERGED = re.compile(r"diverged-step-(\d{6,})\Z")
 _ASIDE = re.compile(r"\.tmp-(replaced-)?(step-\d{6,})\Z")
 
 
@@ -184,7 +187,26 @@ def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
     for _, folder in ours:
         if folder not in kept:
             folder.rename(root / f".tmp-{folder.name}")
+    for old, folder in diverged(root):
+        if old <= step:  # training got past it
+            shutil.rmtree(folder, ignore_errors=True)
     remove_leftovers(root)
+
+
+def set_aside(root: Path, step: int) -> None:
+    """Rename the checkpoints from `step` on, so that nothing goes on from them or evaluates them."""
+    for number, folder in steps(root):
+        if number >= step:
+            aside = root / f"diverged-{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            _sync(root)
+            log.warning("warning: %s gave no finite gradients any more; it is now %s", folder, aside.name)
+
+
+def diverged(root: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of what `set_aside` renamed."""
+    return _found(root, _DIVERGED)
 
 
 def room(run: Path, size: int, *, keep: int, saves: int) -> None:
@@ -213,7 +235,12 @@ def folder_name(step: int) -> str:
 
 def steps(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of what looks like a checkpoint of ours, oldest first; not yet verified."""
-    found = [(_OWN.match(folder.name), folder) for folder in root.iterdir()] if root.is_dir() else []
+    return _found(root, _OWN)
+
+
+def _found(root: Path, names: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """Return (step, folder) of our checkpoints whose name matches, oldest first."""
+    found = [(names.match(folder.name), folder) for folder in root.iterdir()] if root.is_dir() else []
     return sorted(
         (int(match[1]), folder)
         for match, folder in found
@@ -223,7 +250,7 @@ def steps(root: Path) -> list[tuple[int, Path]]:
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with newer ones that do not."""
-    rejected: list[str] = []
+    rejected = [f"{folder}: {why}" for folder, why in _closed(root)]
     for _, folder in reversed(steps(root)):
         problems = verify(folder)
         if not problems:
@@ -237,14 +264,14 @@ def verify(folder: Path) -> list[str]:
 
     Of files that the manifest does not name, only pickles, links and the like are refused.
     """
-    if _former(folder):
-        return [
-            f"was written by another version of surgvqa, which kept its files beside the weights and not in "
-            f"{TRAINER}/; use that version, or start over with --fresh --yes"
-        ]
-    if not (folder / MANIFEST).is_file():
-        return [f"{MANIFEST}: missing"]
     try:
+        if _former(folder):
+            return [
+                "was written by another version of surgvqa, which kept its files beside the weights and not "
+                f"in {TRAINER}/; use that version, or start over with --fresh --yes"
+            ]
+        if not (folder / MANIFEST).is_file():
+            return [f"{MANIFEST}: missing"]
         expected = _expected(folder)
     except _NO_MANIFEST as error:
         return [f"{MANIFEST}: unreadable ({error})"]
@@ -256,18 +283,42 @@ def verify(folder: Path) -> list[str]:
         elif file.is_symlink() or not (file.is_file() or file.is_dir()):
             problems.append(f"{name}: is a link, a pipe or a device")
     for name, (size, digest) in expected.items():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            problems.append(f"{name}: is not in the checkpoint's folder")
-        elif not file.is_file():
-            problems.append(f"{name}: missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name}: {file.stat().st_size} bytes instead of {size}")
-        elif _sha256(file) != digest:
-            problems.append(f"{name}: content changed")
-        elif file.suffix == ".safetensors" and (fault := _unreadable(file)):
+        try:
+            fault = _fault(folder, name, size, digest)
+        except (OSError, ValueError) as error:  # no permission, a bad sector, a name that is none
+            fault = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        if fault:
             problems.append(f"{name}: {fault}")
     return problems
+
+
+def _fault(folder: Path, name: str, size: int, digest: str) -> str | None:
+    """Return what is wrong with a file that the manifest names; None where it is whole. Raises OSError."""
+    file = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "is not in the checkpoint's folder"
+    if not file.is_file():
+        return "missing"
+    if file.stat().st_size != size:
+        return f"{file.stat().st_size} bytes instead of {size}"
+    if _sha256(file) != digest:
+        return "content changed"
+    return _unreadable(file) if file.suffix == ".safetensors" else None
+
+
+def _closed(root: Path) -> list[tuple[Path, str]]:
+    """Return folders with a checkpoint's name that may not be looked into, and why."""
+    found = []
+    for folder in sorted(root.iterdir(), reverse=True) if root.is_dir() else []:
+        if _OWN.match(folder.name) and not folder.is_symlink():
+            try:
+                next(folder.iterdir(), None)
+                (folder / STATE).is_file()
+            except NotADirectoryError:
+                continue
+            except OSError as error:
+                found.append((folder, f"cannot be read ({error.strerror})"))
+    return found
 
 
 def remove_leftovers(root: Path) -> None:
@@ -335,9 +386,12 @@ def chosen(run: Path) -> Path:
         raise BadInput(f"{run}: no recipe.yaml here; give the output folder of a training run")
     root = run / "checkpoints"
     top = best(root)
-    if top and not verify(top):
+    problems = verify(top) if top else []
+    if top and not problems:
         return top
     last, rejected = newest(root)
+    for problem in dict.fromkeys([*(f"{top}: {problem}" for problem in problems), *rejected]):
+        log.warning("warning: %s", recipe.printable(problem))
     if last is None:
         raise BadInput(rejected or f"{root}: no checkpoint here; has the run saved one yet?")
     return last
@@ -369,11 +423,17 @@ def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
 def load_optimizer(
     file: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Put `moments` back, from a safetensors file. Raises KeyError where it has none of a parameter."""
+    """Put `moments` back, from a safetensors file.
+
+    Raises KeyError where it has none of a parameter, ValueError where they have another type or shape.
+    """
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(file).items():
         name, _, moment = key.rpartition("|")
         states.setdefault(name, {})[moment] = value
+    for name, parameter in parameters.items() if states else ():
+        if not _moments_of(parameter, states[name]):
+            raise ValueError(f"{name} needs exp_avg and exp_avg_sq of its shape and a step count, in fp32")
     if states:
         for name, parameter in parameters.items():
             # AdamW keeps its step count on the CPU, unless it is fused.
@@ -382,6 +442,13 @@ def load_optimizer(
                 key: value if key == "step" and not fused else value.to(parameter.device)
                 for key, value in states[name].items()
             }
+
+
+def _moments_of(parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> bool:
+    """Return whether these are AdamW's moments of a parameter: a count, and two of its shape, in fp32."""
+    shapes = {name: (value.dtype, value.shape) for name, value in moments.items()}
+    own, count = (torch.float32, parameter.shape), (torch.float32, torch.Size([]))
+    return shapes == {"step": count, "exp_avg": own, "exp_avg_sq": own}
 
 
 def is_checkpoint(folder: Path) -> bool:

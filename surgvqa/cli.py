@@ -10,8 +10,9 @@ from pathlib import Path
 
 import surgvqa
 from surgvqa import recipe
-from surgvqa.endings import Stop, Stopped, leave_now
-from surgvqa.recipe import BadInput
+from surgvqa.endings import Stop, Stopped, leave_now, run_command, writing_to
+from surgvqa.recipe import BadInput, path_argument
+from surgvqa.terminal import forgiving_streams
 
 
 def check(argv: Sequence[str]) -> int:
@@ -29,14 +30,14 @@ def check(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         default=Path("audit"),
         metavar="FOLDER",
         help="where audit.json and audit.html go, in a folder named like the recipe (default: audit)",
     )
     given = parser.parse_intermixed_args(argv)
-    overrides = [word for word in given.recipes if "=" in word and not Path(word).exists()]
-    files = [word for word in given.recipes if word not in overrides]
+    overrides = [word for word in given.recipes if recipe.is_override(word)]
+    files = [str(recipe.user_path(word)) for word in given.recipes if word not in overrides]
     if not files:
         parser.error("give at least one recipe")
     names = [Path(file).stem for file in files]
@@ -87,9 +88,9 @@ def _check(file: str, overrides: Sequence[str], out: Path, headers: bool) -> int
 def split(argv: Sequence[str]) -> int:
     """Freeze the split of a recipe's data in a file: which group or image is in which part."""
     parser = argparse.ArgumentParser("surgvqa split", description=split.__doc__)
-    parser.add_argument("recipe", type=Path, help="recipe file, e.g. recipes/exp1_768.yaml")
+    parser.add_argument("recipe", type=path_argument, help="recipe file, e.g. recipes/exp1_768.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. splits.json")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="e.g. splits.json")
     parser.add_argument("--yes", action="store_true", help="replace the file if there is one")
     given = parser.parse_intermixed_args(argv)
     try:
@@ -105,10 +106,8 @@ def _split(settings: recipe.Recipe, out: Path, replace: bool) -> int:
     if out.exists() and not (replace and out.is_file()):
         raise BadInput(f"--out {out}: is there already; give another, or --yes to replace a file")
     frozen = splits.freeze(settings.data)
-    try:
+    with writing_to(out):
         checkpoint.write_json(out, frozen.model_dump(mode="json"))
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from None
     for part, counts in frozen.counts.items():
         print(f"{part:<6}" + ", ".join(f"{count:>9,} {what}" for what, count in counts.items()))
     print(recipe.printable(f"written: {out}; to use it: data.split: {{by: frozen, path: {out}}}"))
@@ -155,14 +154,14 @@ def compare(argv: Sequence[str]) -> int:
     """Compare two runs' answers to the same questions: differences, their intervals and tests."""
     parser = argparse.ArgumentParser("surgvqa compare", description=compare.__doc__)
     parser.add_argument(
-        "run_a", type=Path, metavar="RUN_A", help="output folder of a run, or its predictions"
+        "run_a", type=path_argument, metavar="RUN_A", help="output folder of a run, or its predictions"
     )
-    parser.add_argument("run_b", type=Path, metavar="RUN_B", help="another; differences are B - A")
+    parser.add_argument("run_b", type=path_argument, metavar="RUN_B", help="another; differences are B - A")
     parser.add_argument(
         "--split", choices=["train", "val", "test"], help="default: what the runs are judged by"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("compare"), help="folder to write into (default: compare)"
+        "--out", type=path_argument, default=Path("compare"), help="folder to write into (default: compare)"
     )
     given = parser.parse_args(argv)
     from surgvqa.comparison import compare as compare_runs
@@ -184,7 +183,9 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     forms = ["lmms-eval", "vlmevalkit", "vlmevalkit-choices"]
     parser.add_argument("--to", required=True, choices=forms, help="which tool takes it, docs/export.md")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder to write into")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="FOLDER", help="new folder to write into"
+    )
     parser.add_argument(
         "--split", choices=["train", "val", "test"], help="default: what the run is judged by"
     )
@@ -205,14 +206,16 @@ def export(argv: Sequence[str]) -> int:
 def show(argv: Sequence[str]) -> int:
     """Show what the model sees of an image and its questions: canvas, tokens, positions, labels."""
     parser = argparse.ArgumentParser("surgvqa show", description=show.__doc__)
-    parser.add_argument("recipe", type=Path, help="recipe file, e.g. recipes/demo.yaml")
+    parser.add_argument("recipe", type=path_argument, help="recipe file, e.g. recipes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--index", type=int, default=0, help="which image of the part, from 0 (default: 0)")
     parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="(default: train)")
     parser.add_argument(
         "--epoch", type=int, help="as this epoch of training shows it, from 0, where image.augment is on"
     )
-    parser.add_argument("--out", type=Path, default=Path("show"), help="folder to write into (default: show)")
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("show"), help="folder to write into (default: show)"
+    )
     given = parser.parse_intermixed_args(argv)
     from surgvqa.show import show as show_tree
     from surgvqa.terminal import Console
@@ -228,10 +231,10 @@ def show(argv: Sequence[str]) -> int:
 def report(argv: Sequence[str]) -> int:
     """Write one or several runs as a page: scores, curves, and every question with its picture."""
     parser = argparse.ArgumentParser("surgvqa report", description=report.__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="output folder of a run")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="default: report.html in the run's folder, of several runs here",
     )
@@ -289,8 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=(command.__doc__ or "").splitlines()[0], add_help=False)
+    forgiving_streams()
     given, rest = parser.parse_known_args(argv)
-    return COMMANDS[given.command](rest)
+    return run_command(lambda: COMMANDS[given.command](rest))
 
 
 if __name__ == "__main__":

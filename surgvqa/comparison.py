@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgvqa.endings import writing_to
 from surgvqa.intervals import FEW_GROUPS, RESAMPLES, Array, bootstrap, interval, p_value
 from surgvqa.metrics import Prediction
 from surgvqa.recipe import BadInput, printable
@@ -163,6 +164,11 @@ def compare(
     overall, *types = _compared(
         scored, [(scored[0].overall, scored[1].overall), *pairs.values()], resamples, seed
     )
+    cut = [
+        f"{run.path}: {sum(row.cut for row in rows)} of {len(rows)} answers were cut at eval.max_new_tokens"
+        for run, rows in ((a, common), (b, others))
+        if any(row.cut for row in rows)
+    ]
     comparison = Comparison(
         a=a,
         b=b,
@@ -175,7 +181,7 @@ def compare(
         by_type=_corrected(dict(zip(pairs, types, strict=True))),
         notes=[],
     )
-    return replace(comparison, notes=_notes(comparison))
+    return replace(comparison, notes=[*_notes(comparison), *cut])
 
 
 def _load(path: Path, split: str | None) -> tuple[Side, list[Prediction]]:
@@ -371,10 +377,11 @@ def show(found: Comparison, out: Path) -> None:
     console.print(kinds)
     for note in [*(f"{mark} {MARKS[mark]}" for mark in sorted(marked)), *found.notes]:
         console.print(note, soft_wrap=True)
-    out.mkdir(parents=True, exist_ok=True)
     files = out / "compare.json", out / "compare.svg"
-    files[0].write_text(json.dumps(found.row(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    files[1].write_text(drawing(found), encoding="utf-8")
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(json.dumps(found.row(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files[1].write_text(drawing(found), encoding="utf-8")
     console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
 
 

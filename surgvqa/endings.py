@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import select
 import signal
@@ -23,10 +24,15 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+
+from surgvqa.recipe import BadInput, explain
+from surgvqa.terminal import forgiving_streams
+
+log = logging.getLogger("surgvqa")
 
 PREEMPTED, STORAGE, NUMERIC, PEER_LOST = 4, 3, 5, 6
 NAMES = {
@@ -81,6 +87,66 @@ NOT_BEGUN = "stopped ({reason}) before the first step; nothing was lost: the sam
 def is_storage(error: OSError) -> bool:
     """Whether it is the disk that failed, not the program."""
     return error.errno in _STORAGE_ERRORS
+
+
+def of_os_error(error: OSError, place: Path | None = None) -> Ending | BadInput | None:
+    """Return what a user is told of an error of the file system; None where it is no such error.
+
+    `place` is named where the error itself names no file, as when a write fails.
+    """
+    name = error.filename if isinstance(error.filename, (str, bytes, os.PathLike)) else None
+    if is_storage(error):
+        where = os.fsdecode(name or place or "a file")
+        return StorageFailure(f"{where}: {error.strerror}; make room, and the same command goes on")
+    if name is None or error.errno is None:
+        return None
+    return BadInput(f"{os.fsdecode(name)}: {error.strerror}; give another path, or repair this one")
+
+
+@contextlib.contextmanager
+def file_errors() -> Iterator[None]:
+    """Raise BadInput or StorageFailure, see `of_os_error`, in the place of what the file system raises."""
+    try:
+        yield
+    except OSError as error:
+        raise of_os_error(error) or error from None
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Raise BadInput in the place of what the file system raises where a command writes what --out names."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(
+            f"--out {out}: cannot be written: {error.strerror or error}; choose another one"
+        ) from None
+
+
+def run_command(work: Callable[[], int | None]) -> int:
+    """Return the exit code of a command, and print what ended it: one line for each thing to mend.
+
+    Printing never ends it: see `forgiving_streams`.
+    """
+    forgiving_streams()
+    try:
+        return work() or 0
+    except BadInput as error:
+        return explain(error)
+    except NotBegun as error:
+        leave_now(_told(error))
+    except Ending as error:
+        return _told(error)
+    except OSError as error:
+        found = of_os_error(error)
+        if found is None:
+            raise
+        return explain(found) if isinstance(found, BadInput) else _told(found)
+
+
+def _told(ending: Ending) -> int:
+    log.error("%s", ending)
+    return ending.exit_code
 
 
 class Stop:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -23,20 +23,19 @@ from accelerate.utils import gather_object
 from rich.progress import Progress
 from rich.table import Table
 
-from surgvqa import checkpoint, corrupt, datasets, grounding, hub, processes, recipe, results, scores
+from surgvqa import checkpoint, corrupt, datasets, grounding, hub, processes, results, scores
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
 from surgvqa.endings import (
-    Ending,
+    NotBegun,
     NumericFailure,
     Preempted,
     Stop,
     Stopped,
-    StorageFailure,
-    is_storage,
     leave_code,
-    leave_now,
+    of_os_error,
+    run_command,
 )
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction
@@ -44,9 +43,9 @@ from surgvqa.peers import Peers
 from surgvqa.plan import Group, Plan, trees_of
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import Compute, main_first
-from surgvqa.recipe import BadInput, Part
+from surgvqa.recipe import BadInput, Part, path_argument
 from surgvqa.sources import Source, claim, opened
-from surgvqa.terminal import Console
+from surgvqa.terminal import Console, forgiving_streams
 from surgvqa.tree import Pack, Questions, packs, workers_watched
 
 log = logging.getLogger("surgvqa")
@@ -59,10 +58,20 @@ _NOT_BEGUN = "stopped ({reason}) before the first answer; nothing was lost: the 
 
 ABLATIONS = ("black", "shuffle")
 
-Probabilities = dict[str, float] | None
-"""Label → probability among the labels; None where the model wrote its answer."""
-Answers = dict[int, tuple[str, Probabilities]]
-"""Number of a question → its answer as it was written."""
+
+class Reply(NamedTuple):
+    """An answer as the model gave it."""
+
+    text: str
+    """With its boxes."""
+    probabilities: dict[str, float] | None = None
+    """Label → probability among the labels; None where the model wrote its answer."""
+    cut: bool = False
+    """Whether it was cut at `eval.max_new_tokens`, before the model ended it."""
+
+
+Answers = dict[int, Reply]
+"""Number of a question → its answer."""
 
 
 def predict(
@@ -124,8 +133,8 @@ def _stages(prepared: Prepared, questions: Questions, told: Answers) -> Iterator
         return
     for stage in sorted({example.stage or 0 for example in examples}):
         texts = {
-            examples[number].id: prepared.chat.unspecial(_read(prepared, examples[number], *answer)[0])
-            for number, answer in told.items()
+            examples[number].id: prepared.chat.unspecial(_read(prepared, examples[number], reply)[0])
+            for number, reply in told.items()
         }
         numbers = [number for number, example in enumerate(examples) if (example.stage or 0) == stage]
         in_context = datasets.in_context(examples, texts)
@@ -187,49 +196,48 @@ def answers_of(
     asked: Sequence[int],
     pack: Pack,
     compute: Compute,
-) -> list[tuple[str, Probabilities]]:
-    """The answer of each question of a pack, and where it was chosen among labels their probabilities."""
+) -> list[Reply]:
+    """Return the answer to each question of a pack."""
     if questions.labels is None:
+        most = prepared.recipe.eval.max_new_tokens
         written = greedy(
             network,
             pack,
             stop_ids=prepared.chat.stop_ids,
-            max_new_tokens=prepared.recipe.eval.max_new_tokens,
+            max_new_tokens=most,
             attn=compute.attn,
             autocast=compute.autocast,
         )
-        return [(prepared.chat.text(ids, boxes=prepared.grounded), None) for ids in written]
+        return [
+            Reply(prepared.chat.text(ids, boxes=prepared.grounded), cut=len(ids) == most) for ids in written
+        ]
     labels = [questions.labels[question] for question in asked]
     nats = log_probabilities(network, pack, attn=compute.attn, autocast=compute.autocast)
     return [
-        (own[int(scores.argmax())], dict(zip(own, scores.softmax(0).tolist(), strict=True)))
+        Reply(own[int(scores.argmax())], dict(zip(own, scores.softmax(0).tolist(), strict=True)))
         for own, scores in zip(labels, torch.split(nats, [len(own) for own in labels]), strict=True)
     ]
 
 
-def _read(
-    prepared: Prepared, example: Example, answer: str, probabilities: Probabilities
-) -> tuple[str, list[Region]]:
-    """What was written as text and boxes, these in source pixels."""
-    if not prepared.grounded or probabilities is not None:
-        return answer, []
+def _read(prepared: Prepared, example: Example, reply: Reply) -> tuple[str, list[Region]]:
+    """Return what was written as text and boxes, these in source pixels."""
+    if not prepared.grounded or reply.probabilities is not None:
+        return reply.text, []
     canvases = [prepared.canvases[image.key] for image in example.images]
-    text, found = grounding.parse_answer(answer, len(canvases))
+    text, found = grounding.parse_answer(reply.text, len(canvases), prepared.reads_in_place(example))
     return text, [grounding.in_source(region, canvases[region.image]) for region in found]
 
 
 def _predictions(prepared: Prepared, questions: Questions, answers: Answers) -> list[Prediction]:
     return [
-        prediction_of(prepared, example, *answers[number])
-        for number, example in enumerate(questions.examples)
+        prediction_of(prepared, example, answers[number]) for number, example in enumerate(questions.examples)
     ]
 
 
-def prediction_of(
-    prepared: Prepared, example: Example, answer: str, probabilities: Probabilities
-) -> Prediction:
+def prediction_of(prepared: Prepared, example: Example, reply: Reply) -> Prediction:
+    """Return the reply as a line of predictions.jsonl."""
     canvases = [prepared.canvases[image.key] for image in example.images]
-    text, found = _read(prepared, example, answer, probabilities)
+    text, found = _read(prepared, example, reply)
     expected = [
         grounding.source_pixels(region, canvases[region.image].source_size) for region in example.regions
     ]
@@ -237,7 +245,8 @@ def prediction_of(
     return Prediction.of(
         example,
         text,
-        probabilities=probabilities,
+        probabilities=reply.probabilities,
+        cut=reply.cut,
         regions=grounding.as_rows(found) if with_boxes else None,
         reference_regions=grounding.as_rows(expected) if with_boxes else None,
         image_sizes=[list(canvas.source_size) for canvas in canvases] if with_boxes else None,
@@ -255,17 +264,20 @@ class Begun:
 
     def known(self) -> Answers:
         """Those of a former start. What a crash left half written is cut off."""
-        rows = [row for row in results.rows(self.file) if row.get("of") == self.of]
+        # Lines of former versions do not say whether the answer was cut: those are asked again.
+        rows = [row for row in results.rows(self.file) if row.get("of") == self.of and "cut" in row]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(self.file, "".join(map(_line, rows)))
-        return {self.numbers[row["id"]]: (row["answer"], row["probabilities"]) for row in rows}
+        return {
+            self.numbers[row["id"]]: Reply(row["answer"], row["probabilities"], row["cut"]) for row in rows
+        }
 
     def keep(self, answers: Answers) -> None:
         with self.file.open("a", encoding="utf-8") as file:
-            for number, (answer, probabilities) in answers.items():
+            for number, reply in answers.items():
                 # Each line tells whose it is: another evaluation of the run may write here, too.
-                row = {"of": self.of, "id": self.ids[number], "answer": answer}
-                file.write(_line({**row, "probabilities": probabilities}))
+                row = {"of": self.of, "id": self.ids[number], "answer": reply.text}
+                file.write(_line({**row, "probabilities": reply.probabilities, "cut": reply.cut}))
 
     def end(self) -> None:
         self.file.unlink(missing_ok=True)
@@ -372,7 +384,9 @@ def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) ->
     for mark, meaning in scores.MARKS.items():
         if any(mark in row[1] for row in rows):
             console.print(f"{mark} {meaning}")
-    if "iou" in (overall := result["overall"]):
+    if cut := (overall := result["overall"]).get("cut"):
+        console.print(f"{cut} of {overall['n']} answers cut at eval.max_new_tokens", highlight=False)
+    if "iou" in overall:
         console.print(
             f"{overall['boxes']} questions with boxes: "
             f"mean IoU {overall['iou']:.3f}, AP50 {overall['ap50']:.3f}"
@@ -430,7 +444,8 @@ def _evaluated(
         if source.unread:
             words, asked = ", ".join(source.unread), f"all {len(questions):,} questions are asked"
             log.warning("warning: %s: is for training and changes nothing here; %s", words, asked)
-        for warning in condensed(replace(p, what=f"{p.what}; left out") for p in prepared.skipped):
+        left_out = condensed(replace(p, what=f"{p.what}; left out") for p in prepared.skipped)
+        for warning in (*left_out, *prepared.too_short([part])):
             log.warning("warning: %s", warning)
     network = prepared.network(source.checkpoint) if source.checkpoint else prepared.published()
     network = network.to(accelerator.device)
@@ -514,11 +529,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SOURCE",
+        type=lambda text: str(path_argument(text)) if text.startswith(("~", "$")) else text,
         help="a run's folder, one of its checkpoints, or with --recipe a model's name or folder",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--split", choices=["train", "val", "test"], help="default: the recipe's eval.final")
-    parser.add_argument("--recipe", type=Path, help="which data to ask a published model about, and how")
+    parser.add_argument(
+        "--recipe", type=path_argument, help="which data to ask a published model about, and how"
+    )
     parser.add_argument(
         "--ablate",
         action="append",
@@ -531,25 +549,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="KIND:LEVEL",
         help=f"spoil the pictures: {', '.join(corrupt.KINDS)}, from 1 to 5, or 1..5 for all of them",
     )
-    parser.add_argument("--out", type=Path, help="folder for the results (default: the run's)")
+    parser.add_argument("--out", type=path_argument, help="folder for the results (default: the run's)")
+    forgiving_streams()
     given = parser.parse_intermixed_args(argv)
-    try:
+
+    def work() -> None:
         spoiled = [each.name for text in given.corrupt or () for each in corrupt.parse(text)]
         variants = list(dict.fromkeys([*(given.ablate or ()), *spoiled])) or [""]
         source = opened(given.source, recipe_file=given.recipe, overrides=given.overrides, output=given.out)
-        with Stop(start=_NOT_BEGUN) as stop, workers_watched():
-            _evaluate(source, given.split, variants, stop)
-    except BadInput as error:
-        return leave_code(recipe.explain(error))
-    except Stopped as error:
-        log.error("%s", error)
-        leave_now(error.exit_code)
-    except Ending as error:
-        log.error("%s", error)
-        return leave_code(error.exit_code)
-    except OSError as error:
-        if not is_storage(error):
-            raise
-        log.error("%s: %s; make room, and the same command goes on", error.filename, error.strerror)
-        return leave_code(StorageFailure.exit_code)
-    return leave_code(0)
+        try:
+            with Stop(start=_NOT_BEGUN) as stop, workers_watched():
+                _evaluate(source, given.split, variants, stop)
+        except Stopped as error:
+            raise NotBegun(str(error)) from None
+        except OSError as error:
+            raise of_os_error(error, source.run) or error from None
+
+    return leave_code(run_command(work))

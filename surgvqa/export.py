@@ -160,6 +160,8 @@ def _from_run(folder: Path, out: Path, split: Part | None, overrides: Sequence[s
     made = _export(out, folder.resolve().name, part, settings, answers, str(found.predictions_file))
     if settings.eval.answers == "labels":
         made.notes.append("The run's answers were chosen among labels (`eval.answers: labels`), not written.")
+    if cut := sum(row.example.id in answers and answers[row.example.id].cut for row in made.rows):
+        made.notes.append(f"{cut} of the run's answers were cut at `eval.max_new_tokens`.")
     return made
 
 

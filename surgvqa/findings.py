@@ -29,8 +29,10 @@ from rich.table import Table
 
 import surgvqa
 from surgvqa import letterbox
-from surgvqa.audit import PARTS, load_and_audit, repeated, report
+from surgvqa.audit import PARTS, load_and_audit, repeated, report, too_short
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem
+from surgvqa.datasets.boxes import in_brackets
+from surgvqa.grounding import left_as_text
 from surgvqa.hub import Folder
 from surgvqa.metrics import Prior, exact, normalise
 from surgvqa.recipe import BadInput, Recipe, printable
@@ -176,6 +178,17 @@ def examine(
         if settings.image.crop == "border":
             sizes |= {key: (x2 - x1, y2 - y1) for key, (x1, y1, x2, y2) in found.pictures.items()}
         problems += _too_long(dataset, sizes, settings, folder, tokens)
+        asked = [example for part in settings.eval.parts for example in dataset.part(part)]
+        canvases = {
+            image.key: letterbox.canvas_of(
+                found.sizes[image.key], settings.image, folder.factor, found.pictures.get(image.key)
+            )
+            for example in asked
+            if example.regions
+            for image in example.images
+            if image.key in found.facts
+        }
+        problems += too_short(settings, dataset, settings.eval.parts, folder.family, canvases, tokens)
     problems.sort(key=lambda problem: problem.warning)
     content = {
         **about,
@@ -184,6 +197,7 @@ def examine(
         "question_types": type_counts(dataset),
         "repeated_questions": repeated(dataset),
         "texts": _texts(dataset, tokens),
+        "boxes": _boxes(dataset),
         "images": {
             **_images(found.facts),
             "decoded_now": 0 if headers else found.decoded,
@@ -280,6 +294,25 @@ def _texts(
         if texts:
             found[what] = {unit: _lengths(texts, of, dataset) for unit, of in units.items()}
     return found
+
+
+def _boxes(dataset: Dataset) -> dict[str, Any]:
+    """Return how many boxes were read from texts, by their notation, and which coordinates texts keep."""
+    notations = Counter(
+        region.notation
+        for example in dataset.examples
+        for region in (*example.asked_regions, *example.regions)
+        if region.notation
+    )
+    kept = [
+        (example.place, text)
+        for example in dataset.examples
+        if (text := left_as_text(example)[0] or next(filter(None, map(in_brackets, example.texts)), ""))
+    ]
+    return {
+        "read": dict(notations.most_common()),
+        "left_as_text": {"questions": len(kept), "place": kept[0][0], "text": kept[0][1]} if kept else None,
+    }
 
 
 def _lengths(texts: Sequence[str], of: Mapping[str, int], dataset: Dataset) -> dict[str, Any]:
@@ -404,6 +437,14 @@ def _facts(content: Mapping[str, Any]) -> Iterator[str]:
             f"{of['min']:,} to {of['max']:,} {unit}, median {of['median']:,}" for unit, of in units.items()
         )
         yield f"{what}s: {lengths}; the longest at {units['characters']['longest']}"
+    boxes = content.get("boxes", {})
+    if boxes.get("read"):
+        yield f"boxes: {sum(boxes['read'].values()):,} read from texts: {_listed(boxes['read'])}"
+    if left := boxes.get("left_as_text"):
+        yield (
+            f"boxes: {left['questions']:,} questions keep coordinates as text, such as {left['text'][:80]!r} "
+            f"at {left['place']}"
+        )
     if content.get("repeated_questions"):
         yield f"questions: {content['repeated_questions']:,} are there again with the same image and answer"
 

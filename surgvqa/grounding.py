@@ -3,6 +3,9 @@
     Region in the source ── on_canvas ──▶ thousandths of the canvas ── write_answer ──▶ text for the model
     Region in the source ◀── in_source ── thousandths of the canvas ◀── parse_answer ── what a model wrote
 
+Boxes follow the words of an answer, or stand among them where the data has them there (`Example.layout`).
+Inside JSON that says more than boxes and labels only the four numbers are written.
+
 Both families count from 0 to 1000 along each side of the image that they see, which here is the canvas with
 its padding:
 
@@ -23,25 +26,34 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from surgvqa.augment import Placement
-from surgvqa.datasets import Box, Example, Region
+from surgvqa.datasets import Box, Example, Problem, Region
+from surgvqa.datasets.boxes import (
+    MARK,
+    NUMBER,
+    OBJECT,
+    READ,
+    find,
+    layout_of,
+    resembling,
+    stands_first,
+    without_boxes,
+)
 from surgvqa.letterbox import Canvas, Rectangle, Size, clipped
 
 TOKENS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 """The special tokens that are put around boxes; data may not hold them."""
 
-PLACEHOLDER = "<box>"
+PLACEHOLDER = MARK
 """Where in a question its boxes go, in order; without any they follow it."""
 
 SCALE = 1000
 """The last coordinate on either side."""
-
-_READ = 100_000
-"""Characters in which boxes are looked for; what follows them stays text."""
 
 
 def on_canvas(region: Region, canvas: Placement) -> Region:
@@ -89,6 +101,97 @@ def _thousandths(low: float, high: float, side: int) -> tuple[int, int]:
         return first, last
     more_is_after = (low + high) / 2 > first * side / SCALE
     return (first, first + 1) if first == 0 or (more_is_after and first < SCALE) else (first - 1, first)
+
+
+def decide_units(
+    examples: Iterable[Example], sizes: Mapping[str, Size]
+) -> tuple[dict[str, str], list[Problem]]:
+    """Return the unit (`pixels` or `thousand`) of boxes in texts that none is given for, and problems.
+
+    Keys are those of the recipe that would give it, one for each data set. A number above 1000 proves pixels,
+    a box beyond its image's edge proves thousandths. Without either it is an error.
+    """
+    undecided: dict[str, list[tuple[Example, Region]]] = defaultdict(list)
+    for example in examples:
+        for region in (*example.asked_regions, *example.regions):
+            if region.undecided:
+                undecided[region.undecided].append((example, region))
+    units: dict[str, str] = {}
+    problems = []
+    for key, boxes in undecided.items():
+        above = [pair for pair in boxes if max(pair[1].box) > SCALE]
+        beyond = [] if above else [pair for pair in boxes if _beyond(*pair, sizes)]
+        example, region = (above or beyond or boxes)[0]
+        size = sizes.get(example.images[region.image].key)
+        shown = _shown(region.box) + (f" in an image of {size[0]}×{size[1]} pixels" if size else "")
+        count = f"{len(boxes)} boxes in texts" if len(boxes) > 1 else "1 box in a text"
+        if not (above or beyond):
+            what = (
+                f"{count} may be in pixels or in thousandths of the image's sides, such as {shown}; "
+                f"set {key}: pixels or {key}: thousand"
+            )
+            problems.append(Problem(example.place, what, whole=True))
+            continue
+        units[key] = "pixels" if above else "thousand"
+        why = "a number above 1000" if above else "corners outside of its image if they were pixels"
+        what = (
+            f"{count} without a unit are taken to be {'pixels' if above else 'thousandths of the sides'}: "
+            f"{len(above or beyond)} of them with {why}, such as {shown}; set {key}: {units[key]} if "
+            "this is right for all, else give boxes of another unit a data set of their own in data.more"
+        )
+        problems.append(Problem(example.place, what, warning=True))
+    return units, problems
+
+
+def _beyond(example: Example, region: Region, sizes: Mapping[str, Size]) -> bool:
+    size = sizes.get(example.images[region.image].key)
+    return size is not None and (region.box[2] > size[0] + 1 or region.box[3] > size[1] + 1)
+
+
+def with_units(example: Example, units: Mapping[str, str]) -> Example:
+    """Return the example with its undecided boxes in the unit that `decide_units` found."""
+
+    def decided(regions: tuple[Region, ...]) -> tuple[Region, ...]:
+        made = []
+        for region in regions:
+            if unit := units.get(region.undecided):
+                region = replace(region, undecided="")
+                if unit == "thousand":
+                    x1, y1, x2, y2 = (edge / SCALE for edge in region.box)
+                    region = replace(region, box=(x1, y1, x2, y2), relative=True)
+            made.append(region)
+        return tuple(made)
+
+    if not any(region.undecided for region in (*example.asked_regions, *example.regions)):
+        return example
+    return replace(example, regions=decided(example.regions), asked_regions=decided(example.asked_regions))
+
+
+def left_as_text(example: Example) -> tuple[str, bool]:
+    """Return coordinates that stand in an example's texts, and whether a key or a tag marks them as such.
+
+    Others are four numbers in brackets of which the recipe says nothing. "" where there are neither.
+    """
+    question = example.question.replace(PLACEHOLDER, "") if example.asked_regions else example.question
+    for text in (question, *example.answers):
+        if marked := resembling(text):
+            return marked, True
+    return example.doubtful, False
+
+
+def moves(
+    image: str, mode: str, crop: str, sizes: Mapping[str, Size], pictures: Mapping[str, Rectangle]
+) -> bool:
+    """Tell whether an image's canvas pads or crops it, so that shares of its sides become others.
+
+    `image` is its key, `mode` and `crop` are the recipe's of `image`, `pictures` what a crop leaves.
+    """
+    width, height = size = sizes[image]
+    if crop == "border":
+        left = pictures.get(image)
+        if left is None or left != (0, 0, *size):
+            return True
+    return mode == "letterbox" and width != height
 
 
 def misplaced(
@@ -144,15 +247,20 @@ def _shown(box: Box) -> str:
     return "[" + ", ".join(f"{edge:g}" for edge in box) + "]"
 
 
-def write_answer(family: str, text: str, regions: Sequence[Region], images: int = 1) -> str:
+def write_answer(
+    family: str, text: str, regions: Sequence[Region], images: int = 1, *, layout: str = ""
+) -> str:
     """An answer with its boxes, in thousandths of the canvas, as the model is to write it.
 
+    With a `layout` each box stands at its `<box>` there. Else:
     Boxes without any label get the text as theirs: `left-top` in [0, 0, 9, 9] is one labelled box. Where the
     boxes' labels, each once and joined with `; `, are the text, there is nothing else; else the text comes
     first, on lines of its own. With several images each box says which one it is in, counting from 1.
     """
     if not regions:
         return text
+    if layout:
+        return write_question(family, layout, regions, images)
     if text and not any(region.label for region in regions):
         regions = [replace(region, label=text) for region in regions]
     written = _written(family, regions, images)
@@ -168,12 +276,16 @@ def write_question(family: str, text: str, regions: Sequence[Region], images: in
     first, *rest = text.split(PLACEHOLDER)
     if len(rest) != len(regions):
         return f"{text} {_written(family, regions, images)}"
-    boxes = (_written(family, [region], images) for region in regions)
+    boxes = (_bare(region) if region.bare else _written(family, [region], images) for region in regions)
     return first + "".join(box + following for box, following in zip(boxes, rest, strict=True))
 
 
 def _written(family: str, regions: Sequence[Region], images: int) -> str:
     return {"qwen2_vl": _tagged, "qwen3_vl": _json}[family](regions, images)
+
+
+def _bare(region: Region) -> str:
+    return json.dumps([int(edge) for edge in region.box])
 
 
 def _tagged(regions: Sequence[Region], images: int) -> str:
@@ -218,7 +330,7 @@ def as_rows(regions: Sequence[Region]) -> list[dict[str, Any]]:
     ]
 
 
-_NUMBER = r"[-+]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
+_NUMBER = NUMBER
 _GAP = r"[\s,;()\[\]]{1,8}"
 _FOUR = rf"{_NUMBER}(?:{_GAP}{_NUMBER}){{3}}"
 _TAG = re.compile(r"(<\|(?:object_ref|box)_(?:start|end)\|>|</?(?:ref|box|bbox)>)")
@@ -229,7 +341,7 @@ _PLAIN_TAG = {
 _BOXES = re.compile(rf"[\s\[({{]{{0,8}}({_NUMBER}(?:{_GAP}{_NUMBER}){{3,}})[\s\])}}]{{0,8}}")
 _BARE = re.compile(rf"\[\s{{0,4}}{_FOUR}\s{{0,4}}\]|\(\s{{0,4}}{_FOUR}\s{{0,4}}\)")
 _PICTURE = re.compile(r"Picture (\d{1,3}):\Z")
-_OBJECT = re.compile(r"""\{(?:[^{}"]+|"(?:[^"\\]+|\\.?)*(?:"|\Z))*\}?""", re.DOTALL)
+_OBJECT = OBJECT
 _KEY = re.compile(r"""["']?\b(?:bbox_2d|box_2d|bbox|box|bounding_box)\b["']?\s{0,4}[:=]\s{0,4}""")
 _LABEL = re.compile(
     r"""[\s,]{0,8}["']?\b(?:label|name|category|class)\b["']?\s{0,4}[:=]\s{0,4}(?:"((?:[^"\\]+|\\.?)*)"?|'([^']*)'?)""",
@@ -238,8 +350,11 @@ _LABEL = re.compile(
 _IMAGE = re.compile(r"""["']image["']\s{0,4}:\s{0,4}(\d{1,3})""")
 
 
-def parse_answer(text: str, images: int = 1) -> tuple[str, list[Region]]:
+def parse_answer(text: str, images: int = 1, in_place: bool = False) -> tuple[str, list[Region]]:
     """The text of an answer without its boxes, and the boxes in thousandths of the canvas.
+
+    `in_place`: boxes may stand among the words; labels then stay there, and JSON that says more than boxes
+    and labels stays with `[]` for their numbers, as in the `answers` of an Example with a layout.
 
     The inverse of `write_answer` for both families; beyond that it takes what models write instead: either
     family's form, `<ref>` and `<box>`, code fences, other keys for the box, missing or unbalanced brackets,
@@ -247,8 +362,10 @@ def parse_answer(text: str, images: int = 1) -> tuple[str, list[Region]]:
     `(x1,y1),(x2,y2)` count where there is nothing better. Where only boxes are written their labels are
     the text. Never raises; numbers that make no box stay text.
     """
+    if in_place and (read := _read_in_place(text, images)):
+        return read
     reader = _Reader(images)
-    head, tail = text[:_READ], text[_READ:]
+    head, tail = text[:READ], text[READ:]
     reader.tagged(head)
     if not reader.regions:
         reader = _Reader(images)
@@ -259,6 +376,35 @@ def parse_answer(text: str, images: int = 1) -> tuple[str, list[Region]]:
         return text.strip(), []
     rest = " ".join(piece for piece in map(_prose, [*reader.prose, tail]) if piece)
     return rest or _labels(reader.regions), reader.regions
+
+
+def _read_in_place(text: str, images: int) -> tuple[str, list[Region]] | None:
+    """Words and boxes of an answer that has boxes among its words; None for any other."""
+    found = find(text, images=images)
+    following = [
+        Region(
+            _kept_within(edges),
+            one.label,
+            one.image if one.image is not None and 0 <= one.image < images else 0,
+            bare=one.bare,
+        )
+        for one in found
+        for edges in one.boxes
+    ]
+    layout = layout_of(text, found)
+    if not found or layout.count(MARK) != len(following) or stands_first(layout, following) is not None:
+        return None
+    first = [number == 0 for one in found for number in range(len(one.boxes))]
+    regions = [each if own else replace(each, label="") for each, own in zip(following, first, strict=True)]
+    return without_boxes(layout, regions), regions
+
+
+def _kept_within(edges: Sequence[float]) -> Box:
+    """Four numbers that a model wrote as a box in thousandths: shares of 1 are told apart, corners sorted."""
+    if max(edges) <= 1 and any(edge % 1 for edge in edges):
+        edges = [edge * SCALE for edge in edges]
+    x1, y1, x2, y2 = (max(0.0, min(edge, float(SCALE))) for edge in edges)
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
 class _Reader:
@@ -358,11 +504,7 @@ class _Reader:
         edges = [float(number) for number in re.findall(_NUMBER, numbers)]
         image = self._image if 0 <= self._image < self._images else 0
         for start in range(0, len(edges) - 3, 4):
-            four = edges[start : start + 4]
-            if max(four) <= 1 and any(edge % 1 for edge in four):
-                four = [edge * SCALE for edge in four]
-            x1, y1, x2, y2 = (max(0.0, min(edge, float(SCALE))) for edge in four)
-            self.regions.append(Region((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), label, image))
+            self.regions.append(Region(_kept_within(edges[start : start + 4]), label, image))
 
 
 _PUNCTUATION = " \t\r\n[]{}(),;:\"'`"

@@ -251,13 +251,17 @@ def _special_tokens(path: Path, config: Mapping[str, Any], template: str) -> fro
 def chat_template(path: Path) -> str | None:
     """Return the folder's chat template: chat_template.jinja, else chat_template.json, else the tokenizer's.
 
-    None where there is none. Raises KeyError or ValueError where a file is not what it should be.
+    None where there is none. Raises BadInput or ValueError where a file is not what it should be.
     """
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
-    if (path / "chat_template.json").is_file():
-        return str(_json(path / "chat_template.json", "unreadable chat template")["chat_template"])
+    wrapped = path / "chat_template.json"
+    if wrapped.is_file():
+        text = _json(wrapped, "the chat template cannot be used").get("chat_template")
+        if not isinstance(text, str):
+            raise BadInput(f"the chat template cannot be used: {wrapped} has no text chat_template")
+        return text
     if (path / "tokenizer_config.json").is_file():
         own = _json(path / "tokenizer_config.json", "unreadable tokenizer").get("chat_template")
         return own if isinstance(own, str) else None

@@ -108,7 +108,10 @@ class Lock:
 
 def is_run(folder: Path) -> bool:
     """Whether a run was here: it leaves how it ended or, where the disk was full, its metrics."""
-    names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
+    try:
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    except OSError:  # no permission: whoever writes there is told
+        return False
     return any(name in (ENDED, METRICS) or name.startswith(NAME) for name in names)
 
 
@@ -129,9 +132,9 @@ def owner(folder: Path) -> dict[str, Any] | None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():  # reading a pipe would wait for ever
-        return None
     try:
+        if not file.is_file():  # reading a pipe would wait for ever
+            return None
         with file.open(encoding="utf-8") as stream:
             return _parsed(stream)
     except OSError:

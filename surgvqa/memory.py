@@ -33,8 +33,9 @@ log = logging.getLogger("surgvqa")
 MARGIN = 0.92
 """Share of a GPU's free memory that a step may take; the rest is for what is not foreseen."""
 
-LOOKED_AT = 2000
-"""Steps of the run, evenly drawn, among which the fullest micro-batch is looked for."""
+LOOKED_AT, EPOCHS = 2000, 50
+"""Steps, evenly drawn from the next EPOCHS, among which the fullest micro-batch is looked for: to put an
+epoch in order takes a while, and later ones hold the same questions."""
 
 ROUNDS = 3
 """How often `auto` halves the gap between what fits and what does not."""
@@ -154,6 +155,7 @@ def _share(plan: Plan, steps: range, world: int) -> int:
 
 def _fullest(plan: Plan, steps: range, world: int, size: Callable[[Group], int]) -> Sequence[Group]:
     """The micro-batch whose trees have the largest sizes together, of any process."""
+    steps = steps[: EPOCHS * plan.steps_per_epoch]
     some = steps[:: -(-len(steps) // LOOKED_AT)]
     shares = (plan.share(plan.step(step), world) for step in some)
     return max(

@@ -35,6 +35,8 @@ class Prediction:
     """Those that it should have."""
     image_sizes: list[list[int]] | None = None
     """Width and height of each image in pixels, where there are regions."""
+    cut: bool = False
+    """Whether the answer was cut at `eval.max_new_tokens`: the model had not ended it."""
 
     @classmethod
     def of(cls, example: Example, answer: str, **optional: Any) -> Prediction:
@@ -61,8 +63,11 @@ class Prediction:
         return (self.probabilities or {}).get(self.answer)
 
     def row(self) -> dict[str, Any]:
-        optional = ("probabilities", "regions", "reference_regions", "image_sizes")
-        return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
+        optional = {"probabilities": None, "regions": None, "reference_regions": None, "image_sizes": None}
+        absent = {**optional, "cut": False}
+        return {
+            key: value for key, value in asdict(self).items() if key not in absent or value != absent[key]
+        }
 
 
 def exact(answer: str, references: Iterable[str]) -> bool:

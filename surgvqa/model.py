@@ -329,6 +329,11 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
+def finite(model: nn.Module) -> bool:
+    """Return whether every weight that trains is a number, neither NaN nor infinite."""
+    return all(bool(parameter.isfinite().all()) for _, parameter in trainable(model))
+
+
 def hidden_states(model: Any, pack: Pack, attn: str, cache: Any = None) -> Tensor:
     """(tokens, width) what the language model makes of each token of a pack, before `lm_head`.
 

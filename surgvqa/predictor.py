@@ -24,7 +24,7 @@ from PIL import Image
 from surgvqa import hub, letterbox, processes
 from surgvqa.audit import closed_set
 from surgvqa.datasets import Dataset, Example, ImageRef, Region, normalise
-from surgvqa.evaluation import answers_of, prediction_of
+from surgvqa.evaluation import Reply, answers_of, prediction_of
 from surgvqa.letterbox import Canvas
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared
@@ -54,6 +54,8 @@ class Answer:
     regions: tuple[Region, ...] = ()
     """The boxes that the model wrote: `box` is (x1, y1, x2, y2) in pixels of the upright image as it was
     given, 0 the left or upper edge of its first pixel; `label` what is in it; `image` which, from 0."""
+    cut: bool = False
+    """Whether the answer was cut at the recipe's `eval.max_new_tokens`, before the model ended it."""
 
 
 class _Ready(Prepared):
@@ -62,6 +64,10 @@ class _Ready(Prepared):
     @functools.cached_property
     def grounded(self) -> bool:
         """Boxes are always looked for: what the data had is not known here."""
+        return True
+
+    def reads_in_place(self, example: Example) -> bool:
+        """Return True: where the data had its boxes is not known here either."""
         return True
 
 
@@ -105,8 +111,9 @@ class Predictor:
         most probable of them is chosen (of equals the first) and each gets a probability; with none (`[]`)
         the model writes. By default it does what the recipe's `eval.answers` says, with the labels that
         `data.labels` has for the type. Raises BadInput where an image cannot be read, where a text is empty
-        or holds a special token of the model, where labels are needed and not known, and where all of it
-        is longer than `batch.tokens_per_micro_batch`. A question cannot point at boxes, as those of data can.
+        or holds a structural token of the model, such as `<|im_end|>`, where labels are needed and not known,
+        and where all of it is longer than `batch.tokens_per_micro_batch`. A question cannot point at boxes,
+        as those of data can.
         """
         return self.ask_all(image, [question], question_types=[question_type], labels=labels)[0]
 
@@ -145,13 +152,13 @@ class Predictor:
         )
         plan = prepared.plan(asked)
         trees = trees_of(plan.image) if plan.trees else [[number] for number in range(len(examples))]
-        found: dict[int, tuple[str, dict[str, float] | None]] = {}
+        found: dict[int, Reply] = {}
         for micro_batch in plan.share(trees, 1)[0]:
             pack = asked.pack(micro_batch, asked=True, cuda=self.device.type == "cuda").to(self.device)
             numbers = [number for tree in micro_batch for number in tree]
             answers = answers_of(self._network, prepared, asked, numbers, pack, self._compute)
             found.update(zip(numbers, answers, strict=True))
-        return [_answer(prepared, example, *found[number]) for number, example in enumerate(examples)]
+        return [_answer(prepared, example, found[number]) for number, example in enumerate(examples)]
 
     def _labels(self, examples: Sequence[Example], given: Sequence[str] | None) -> list[Sequence[str]] | None:
         """The closed set of each question; None where the model is to write."""
@@ -245,9 +252,7 @@ def _ref(picture: Any, number: int) -> ImageRef:
     raise BadInput(f"{name}: is a {type(picture).__name__}; give a path, bytes, a PIL image or an array")
 
 
-def _answer(
-    prepared: Prepared, example: Example, text: str, probabilities: dict[str, float] | None
-) -> Answer:
-    said = prediction_of(prepared, example, text, probabilities)
+def _answer(prepared: Prepared, example: Example, reply: Reply) -> Answer:
+    said = prediction_of(prepared, example, reply)
     regions = (Region(tuple(row["box"]), row["label"], row["image"]) for row in said.regions or ())
-    return Answer(example.question, said.answer, said.probabilities, tuple(regions))
+    return Answer(example.question, said.answer, said.probabilities, tuple(regions), said.cut)

@@ -27,7 +27,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from surgvqa import corrupt, datasets, hub, letterbox, model
-from surgvqa.audit import Audit, closed_set, condensed, load_and_audit
+from surgvqa.audit import Audit, closed_set, condensed, load_and_audit, too_short
 from surgvqa.datasets import splits
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
@@ -189,6 +189,17 @@ class Prepared:
         """Whether any answer of the data has boxes, so that boxes are looked for in what the model writes."""
         return any(example.regions for example in self.dataset.examples)
 
+    def reads_in_place(self, example: datasets.Example) -> bool:
+        """Return whether boxes may stand among the words of an answer, as they do in its reference."""
+        return bool(example.layout)
+
+    def too_short(self, parts: Collection[Part]) -> list[str]:
+        """Return warnings of parts to evaluate with references longer than `eval.max_new_tokens`."""
+        found = too_short(
+            self.recipe, self.dataset, parts, self.folder.family, self.canvases, self.chat.lengths
+        )
+        return condensed(found)
+
     def prior(self) -> Prior:
         return Prior(self.dataset.part("train"))
 
@@ -205,7 +216,9 @@ class Prepared:
             "questions": len(examples),
             "order": _digest(example.id for example in examples),
             "ids": _digest(example.id for example in ordered),
-            "texts": _digest((e.id, e.question, e.answers, e.regions, e.asked_regions) for e in ordered),
+            "texts": _digest(
+                (e.id, e.question, e.answers, e.layout, e.regions, e.asked_regions) for e in ordered
+            ),
             "kinds": _digest((e.id, e.question_type, e.stage, e.image_key) for e in ordered),
             "images": _digest((e.id, [self.digests[image.key] for image in e.images]) for e in ordered),
         }
@@ -226,6 +239,7 @@ class Prepared:
                 e.id,
                 e.question,
                 e.answers,
+                e.layout,
                 e.regions,
                 e.asked_regions,
                 [(other.question, other.asked_regions, answer) for other, answer in e.context],

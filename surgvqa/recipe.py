@@ -9,6 +9,7 @@ dataclasses below are the reference of every key; `docs/recipe.md` is made from 
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import os
@@ -48,14 +49,15 @@ COLUMNS = frozenset(
 _TURNS = COLUMNS - {"question", "answer", "box", "boxes", "asked_box", "asked_boxes"}
 _MAPPED = {
     **dict.fromkeys((*_TABLES, "hub"), COLUMNS),
-    "llava": _TURNS | {"conversations"},
-    "messages": (_TURNS - {"image"}) | {"images", "messages"},
+    "llava": _TURNS | {"conversations", "objects"},
+    "messages": (_TURNS - {"image"}) | {"images", "messages", "objects"},
 }
 """Formats whose columns may have other names → our names of those."""
 
 VARIANTS = {
-    "llava": ("boxes", "text"),
-    "messages": ("boxes", "text"),
+    "llava": ("marked", "boxes", "text"),
+    "messages": ("marked", "boxes", "text"),
+    **dict.fromkeys(_TABLES, ("text", "marked", "boxes")),
     "kvasir_vqa_x1": ("full", "medico"),
     "endovis18_vqa": ("classification", "sentence"),
     "cholec80_vqa": ("classification", "sentence"),
@@ -107,22 +109,91 @@ def printable(text: str, keep: str = "") -> str:
     return _CONTROL.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
 
 
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
+"""Bytes of a file's name, and of a path with room for the names of files in it, on Linux and macOS."""
+
+
+def expanded(path: str) -> str:
+    """Return a path with `~` or `~user` at its beginning and `$NAME` or `${NAME}` anywhere replaced.
+
+    Raises ValueError for a user or a variable that there is not, and for a path longer than any on a disk.
+    """
+    whole = path
+    if "$" in path and not _there(path):  # what is there under that very name is meant
+        if missing := [a or b for a, b in _VARIABLE.findall(path) if not os.environ.get(a or b)]:
+            raise ValueError(f"${missing[0]} is not set; set that variable, or write the path out")
+        whole = _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]], path)
+    if whole.startswith("~"):
+        home = os.path.expanduser(whole)  # noqa: PTH111  # Path's raises where there is no such user
+        if home == whole:
+            user = whole.partition("/")[0]
+            raise ValueError(f"{user} is no user's home folder; write ./{user} for a folder of that name")
+        whole = home
+    names = [name for name in re.split(r"[/\\]", whole) if len(os.fsencode(name)) > _LONGEST_NAME]
+    if names or len(os.fsencode(whole)) > _LONGEST_PATH:
+        raise ValueError(
+            f"is too long for a path: {_shown(whole)}; a name has at most {_LONGEST_NAME} bytes, "
+            f"a path {_LONGEST_PATH:,}"
+        )
+    return whole
+
+
+def user_path(given: str | os.PathLike[str]) -> Path:
+    """Return a path as a user gave it, see `expanded`. Raises BadInput where it can be none."""
+    try:
+        return Path(_place(os.fspath(given)))
+    except ValueError as error:
+        raise BadInput(f"{_shown(os.fspath(given))}: {error}") from None
+
+
+def path_argument(text: str) -> Path:
+    """`user_path` for the arguments of a command, as argparse's `type`."""
+    try:
+        return user_path(text)
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def is_override(word: str) -> bool:
+    """Return whether a word of a command is `key=value`, and no file of such a name."""
+    return "=" in word and not _there(word)
+
+
+def _there(path: str) -> bool:
+    """Return whether there is such a file or folder; not for what is too long or holds a NUL."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _place(value: str) -> str:
     if _CONTROL.search(value):
         raise ValueError(f"holds a control character: {value!a}")
-    return value
+    return expanded(value)
 
 
 Place = Annotated[str, AfterValidator(_place)]
-"""A path or a hub id."""
+"""A path or a hub id; `~` and `$NAME` in it are replaced."""
+
+Revision = Annotated[str, Field(pattern=r"^[\w./+@#=-]+$", max_length=_LONGEST_NAME)]
+"""A branch, a tag or a commit."""
+
+COUNT = 10**9
+"""Most of anything that is counted: it has room in every library's integers, and no run comes to it."""
+SEED = 2**63 - 1
+Stage = Annotated[int, Field(ge=-COUNT, le=COUNT)]
+RATE = 1e37
+"""The largest learning rate whose first AdamW step, ten times as long, is still a number in fp32."""
 
 
 def _number_or(value: object, least: int, *words: str) -> object:
-    """The value, if it is one of the words or a whole number from `least` on."""
-    if value in words or (type(value) is int and value >= least):
+    """The value, if it is one of the words or a whole number from `least` to COUNT."""
+    if value in words or (type(value) is int and least <= value <= COUNT):
         return value
     raise ValueError(
-        f"should be a whole number from {least} on, or {' or '.join(words)}, not {_shown(value)}"
+        f"should be a whole number from {least} to {COUNT:,}, or {' or '.join(words)}, not {_shown(value)}"
     )
 
 
@@ -133,9 +204,9 @@ class _Section(BaseModel):
 
 
 class Lora(_Section):
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=65536)
     """Rank of the update matrices."""
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(32, gt=0, le=1e6)
     """Scale: the update is multiplied by alpha / rank."""
     dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout probability on the adapter's input."""
@@ -149,7 +220,7 @@ class Lora(_Section):
 class Model(_Section):
     name: Place = Field(min_length=1)
     """Hub id, local folder, or `tiny-qwen2-vl` / `tiny-qwen3-vl` (random weights, for trying things out)."""
-    revision: str | None = None
+    revision: Revision | None = None
     """Branch, tag or commit of a hub id."""
     tune: Literal["lora", "full"] = "lora"
     """`lora`: adapters on a frozen language model; `full`: all of the language model."""
@@ -184,7 +255,7 @@ class Split(_Section):
     """Share of images or groups for validation (for `image` and `group`)."""
     test: float = Field(0.15, ge=0, lt=1)
     """Share of images or groups for the test (for `image` and `group`)."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, le=SEED)
     """Seed of the hash."""
     stratify: Literal["none", "question_type", "answer"] = "none"
     """Give each part its share of every question type, or of every answer within its type, as nearly as
@@ -200,7 +271,7 @@ class Source(_Section):
     """How the data is laid out: see docs/datasets.md."""
     path: Place | None = None
     """File, folder or hub id; relative paths start at the working folder. Only `demo` needs none."""
-    revision: str | None = None
+    revision: Revision | None = None
     """Branch, tag or commit of a hub id."""
     roots: list[Place] = []
     """Further folders in which images may be; without any they must be inside the data's own folder."""
@@ -213,7 +284,11 @@ class Source(_Section):
     variant: str | None = None
     """Which form of a corpus that comes in several: see docs/datasets.md; null: the first one named there. Of
     a hub data set: which subset."""
-    frames: int | None = Field(None, ge=1)
+    boxes: Literal["auto", "pixels", "thousand", "share"] = "auto"
+    """Unit of boxes in texts, columns and `objects`, for the formats that take `columns`: `pixels` of the
+    image, `thousand` (0 to 1000 along each side) or `share` (0 to 1). `auto`: numbers up to 1 are shares; of
+    columns and `objects` others are pixels; of texts others are what the data proves, else it is an error."""
+    frames: int | None = Field(None, ge=1, le=COUNT)
     """Most frames of a clip, evenly chosen, for formats with clips; null: all."""
 
     @field_validator("group_pattern")
@@ -233,7 +308,7 @@ class Data(Source):
     """Further data sets to read with this one, each with the keys above of its own. Their questions and
     images get their number in front, `1/` or `1//`; a group of the same name in two is the same."""
     split: Split = Split()
-    stages: list[int] | None = Field(None, min_length=1)
+    stages: list[Stage] | None = Field(None, min_length=1)
     """Train and evaluate on the questions of these stages alone; null: on all."""
     balance: Literal["none", "question_type", "answer"] = "none"
     """Draw the training questions of an epoch so that every question type, or every answer, comes equally
@@ -245,7 +320,7 @@ class Data(Source):
     """What bad rows and images do: `fail` lists them all and ends; `skip` leaves them and the questions about
     them out of training and evaluation, and writes what and why to skipped.jsonl and how many into the
     scores."""
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0, le=1024)
     """Processes that read images ahead, per training process; null: chosen from the cores at hand."""
 
     @property
@@ -279,7 +354,8 @@ class Data(Source):
 
 class Prompt(_Section):
     system: str | None = None
-    """System message; null leaves what the model's own chat template puts there."""
+    """System message; null leaves what the model's own chat template puts there: `You are a helpful
+    assistant.` in Qwen2-VL's, none in Qwen3-VL's."""
     instructions: dict[str, str] = {}
     """Question type → text put after the question, on a line of its own."""
 
@@ -289,7 +365,7 @@ class Image(_Section):
     """`letterbox`: a square canvas, aspect kept, centred; `native`: aspect kept, no padding."""
     size: int | None = Field(None, ge=28, le=8192)
     """Side of the square in pixels (letterbox), snapped to the model's factor: 28 or 32."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=COUNT)
     """Most image tokens (native); larger images are scaled down to fit, none is scaled up."""
     fill: str = "black"
     """Colour around a letterboxed or moved image: a CSS name or #rrggbb."""
@@ -312,9 +388,9 @@ class Image(_Section):
 
 
 class Batch(_Section):
-    questions: int = Field(64, ge=1)
+    questions: int = Field(64, ge=1, le=COUNT)
     """Questions per optimizer step, over all processes together."""
-    questions_per_image: int = Field(8, ge=1)
+    questions_per_image: int = Field(8, ge=1, le=COUNT)
     """Most questions of one image in one group; 1 is the classical independent batch."""
     order: Literal["shuffled", "stages"] = "shuffled"
     """Of an epoch's questions: `shuffled`, or `stages`: those of the lowest stage first, then the next, each
@@ -340,34 +416,34 @@ class Loss(_Section):
 
 
 class Train(_Section):
-    epochs: int = Field(3, ge=1)
+    epochs: int = Field(3, ge=1, le=COUNT)
     """Passes over the training questions."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=COUNT)
     """Optimizer steps in all; when given, it decides instead of `epochs`."""
-    lr: float = Field(2.0e-4, gt=0)
+    lr: float = Field(2.0e-4, gt=0, le=RATE)
     """Peak learning rate of the language model or its adapters."""
-    lr_vision: float | None = Field(None, gt=0)
+    lr_vision: float | None = Field(None, gt=0, le=RATE)
     """Peak learning rate of the vision tower; null: `lr`."""
-    lr_merger: float | None = Field(None, gt=0)
+    lr_merger: float | None = Field(None, gt=0, le=RATE)
     """Peak learning rate of the mergers; null: `lr`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up; cosine and linear fall towards 0, which the step after the last would have."""
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of all steps over which the learning rate rises to its peak, by equal amounts."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=10)
     """AdamW's decay, on matrices only."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e30)
     """Gradients longer than this are scaled down to it."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, le=SEED)
     """Seed of the order, of dropout and of new weights."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic; what trains is kept in fp32 either way."""
     checkpoint_layers: int | Literal["auto", "all"] = "auto"
     """How many decoder layers, the first, are recomputed in the backward pass to save memory, and with any
     of them the vision tower's blocks if it trains; `auto`: as few as must be."""
-    max_hours: float | None = Field(None, gt=0)
+    max_hours: float | None = Field(None, gt=0, le=1e6)
     """Save and stop, as when asked by a signal, after so many hours of this start; null: never."""
-    peer_timeout: float = Field(300, ge=5)
+    peer_timeout: float = Field(300, ge=5, le=1e6)
     """Seconds of silence after which another process of the run counts as lost."""
     cascade: bool = False
     """Train on questions with the earlier stages' questions about the same image, and their references,
@@ -389,11 +465,11 @@ class Train(_Section):
 
 
 class Eval(_Section):
-    every: float | None = Field(None, gt=0)
+    every: float | None = Field(None, gt=0, le=COUNT)
     """Evaluate every so many steps (above 1) or this share of an epoch (1 or less); null: only at the end."""
     split: Part = "val"
     """Part to evaluate during training."""
-    questions: int | None = Field(None, ge=1)
+    questions: int | None = Field(None, ge=1, le=COUNT)
     """How many questions of it: a choice, the same for every seed, in which every question type has its
     share, and at least one where there is room; null: all."""
     metric: Metric = "exact"
@@ -402,15 +478,16 @@ class Eval(_Section):
     keep_best: bool = True
     """Keep the best checkpoint, of several with the same score that with the smallest loss, and use it for
     the final evaluation."""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(None, ge=1, le=COUNT)
     """Stop early: end the training after so many evaluations in a row without a new best; null: never."""
     final: Part | None = "test"
     """Part to evaluate when training ends; null: none."""
     answers: Literal["generate", "labels"] = "generate"
     """`generate`: the model writes its answer; `labels`: it chooses the most probable of its question type's
     closed set, and predictions.jsonl gets the probability of each."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Longest answer, in tokens (for `answers: generate`)."""
+    max_new_tokens: int = Field(64, ge=1, le=100_000)
+    """Longest answer, in tokens with its end of turn (for `answers: generate`). Longer ones are cut, and
+    marked; `surgvqa check` and training warn of right answers that do not fit."""
     cascade: Literal["none", "answers", "references"] = "none"
     """Answer stage by stage, and put the earlier stages' questions about the same image ahead of each
     question, with the `answers` that the model gave or with their `references`."""
@@ -422,9 +499,9 @@ class Eval(_Section):
 
 
 class Checkpoint(_Section):
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(None, ge=1, le=COUNT)
     """Save every so many steps; null: only at the end and where evaluation finds a new best."""
-    keep: int = Field(2, ge=2)
+    keep: int = Field(2, ge=2, le=COUNT)
     """How many of the newest to keep, beside the best."""
 
 
@@ -473,7 +550,7 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         if "=" in str(path):
             raise BadInput(f"{path}: is not a recipe; the recipe's file comes before key=value") from None
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -584,10 +661,12 @@ def _source_contradictions(source: Source, where: str) -> Iterator[str]:
         yield f"{where}.columns.{empty[0]}: is empty; give the data's name of that column, or leave it out"
     if source.group_pattern is not None and not known:
         yield f"{where}.group_pattern: format {source.format} has groups of its own"
+    if source.boxes != "auto" and not known:
+        yield f"{where}.boxes: format {source.format} has boxes of a known unit, or none"
     forms = VARIANTS.get(source.format, ())
     if source.variant is not None and source.format != "hub" and source.variant not in forms:
         has = (
-            f"format {source.format} has {' and '.join(forms)}"
+            f"format {source.format} has {', '.join(forms[:-1])} and {forms[-1]}"
             if forms
             else f"{source.format} has only one form"
         )

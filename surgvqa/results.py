@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from surgvqa import datasets, recipe, scores
+from surgvqa.endings import file_errors
 from surgvqa.letterbox import read_rgb
 from surgvqa.metrics import Prediction, exact
 from surgvqa.recipe import SMALLER_IS_BETTER, BadInput, Part, Recipe
@@ -43,8 +44,9 @@ class Evaluation:
 
     def table(self) -> pd.DataFrame:
         """A row for each question, in order, with the columns id, image, group, type, question, reference
-        (the one that the answer meets, else the first), answer, right, and confidence: the probability of
-        the answer, NaN where the model wrote it. Raises what `predictions` raises.
+        (the one that the answer meets, else the first), answer, right, confidence: the probability of
+        the answer, NaN where the model wrote it, and cut: whether it was cut at `eval.max_new_tokens`. Raises
+        what `predictions` raises.
         """
         import pandas as pd
 
@@ -59,6 +61,7 @@ class Evaluation:
                 "answer": row.answer,
                 "right": row.right,
                 "confidence": math.nan if row.confidence is None else row.confidence,
+                "cut": row.cut,
             }
             for row in self.predictions
         )
@@ -76,7 +79,7 @@ class Evaluation:
         rows = []
         for _, row in found:
             low, high = row["intervals"].get("exact", (None, None))
-            note = "; ".join(scores.MARKS[mark] for mark in scores.marks(row["few"], row["few_groups"]))
+            note = "; ".join(scores.MARKS[mark] for mark in _marks(row))
             rows.append((row["n"], row["exact"], low, high, row["prior"], note))
         table = pd.DataFrame(
             rows, [name for name, _ in found], ["questions", "exact", "low", "high", "prior", "note"]
@@ -151,14 +154,19 @@ class Run:
         return {example.id: example for example in datasets.load(self.recipe.data).examples}
 
 
+def _marks(row: Mapping[str, Any]) -> str:
+    return scores.marks(row["few"], row["few_groups"], row.get("cut", 0))
+
+
 def _met(row: Prediction) -> str:
     """The reference that an answer meets, else the first."""
     return next((one for one in row.references if exact(row.answer, [one])), row.references[0])
 
 
+@file_errors()
 def load_run(folder: str | Path) -> Run:
-    """Read a run's folder. Raises BadInput where it is none."""
-    folder = Path(folder)
+    """Read a run's folder. Raises BadInput where it is none, or may not be read."""
+    folder = recipe.user_path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise BadInput(f"{folder}: no recipe.yaml here; give the output folder of a run")
     return Run(
@@ -218,9 +226,9 @@ def _option(variant: str) -> str:
 
 def json_of(file: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is none, or only half of one."""
-    if not file.is_file():  # reading a pipe would wait for ever
-        return {}
     try:
+        if not file.is_file():  # reading a pipe would wait for ever
+            return {}
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
@@ -229,9 +237,9 @@ def json_of(file: Path) -> dict[str, Any]:
 
 def rows(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file; none where there is none."""
-    if not file.is_file():
-        return []
     try:
+        if not file.is_file():
+            return []
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import numpy as np
 from accelerate import Accelerator
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from surgvqa import checkpoint, endings, lock
@@ -28,7 +30,7 @@ from surgvqa.datasets import Problem
 from surgvqa.endings import ENDED, Stop
 from surgvqa.lock import METRICS, Lock
 from surgvqa.processes import main_first
-from surgvqa.recipe import BadInput, Eval, Log, Recipe
+from surgvqa.recipe import COUNT, BadInput, Eval, Log, Recipe
 from surgvqa.results import json_of
 from surgvqa.scores import percent
 from surgvqa.terminal import Console
@@ -79,11 +81,13 @@ class Resume:
     """How many of the last steps had no finite gradients."""
     settled: bool
     """Whether the evaluation that was due at this step was made."""
+    postponed: int
+    """How many steps before this one were skipped, so that what was due at them is due now."""
     norms: list[float]
     """The gradient norms of the last RECENT steps that had a finite one."""
     adapter: dict[str, str] | None
     """What the run began with: `first_weights` as `identity` tells of it."""
-    fitted: list[Any]
+    fitted: tuple[int | str, int, str, int]
     """batch.tokens_per_micro_batch, processes, their device, and the tokens that a micro-batch then had."""
     changes: list[str]
     """In what the run goes on otherwise than it was."""
@@ -93,14 +97,14 @@ class _State(BaseModel):
     """What state.json holds beside the score."""
 
     model_config = ConfigDict(strict=True)
-    step: int
+    step: Annotated[int, Field(ge=1, le=COUNT)]
     data: dict[str, int | str]
-    skipped: int
+    skipped: Annotated[int, Field(ge=0, le=COUNT)]
     settled: bool
-    fitted: list[int | str]
+    fitted: tuple[int | Literal["auto"], int, str, Annotated[int, Field(ge=1, le=COUNT)]]
     adapter: dict[str, str] | None = None
     judged: dict[str, str] | None = None
-    stale: int = 0
+    stale: Annotated[int, Field(ge=0, le=COUNT)] = 0
 
 
 def claim(run: Path) -> Lock:
@@ -186,9 +190,8 @@ def owned(run: Path, accelerator: Accelerator, stop: Stop) -> Iterator[list[str]
         yield told
         code, reason = 0, "; ".join(told) or "done"
     except (Exception, endings.Stopped) as error:
-        if isinstance(error, OSError) and endings.is_storage(error):
-            full = f"{error.filename or run}: {error.strerror}; make room, and the same command goes on"
-            error = endings.StorageFailure(full)
+        if isinstance(error, OSError):
+            error = endings.of_os_error(error, run) or error
         code, reason = getattr(error, "exit_code", 1), str(error)
         raise error
     finally:
@@ -230,7 +233,8 @@ def end(run: Path, code: int, reason: str) -> None:
 
 def clear(run: Path) -> None:
     """Remove what a former run left, and nothing else."""
-    for _, folder in checkpoint.steps(run / "checkpoints"):
+    root = run / "checkpoints"
+    for _, folder in (*checkpoint.steps(root), *checkpoint.diverged(root)):
         shutil.rmtree(folder)
     events, traces = "tensorboard/events.out.tfevents.*", "profile/*.pt.trace.json"
     for name in (
@@ -286,8 +290,8 @@ def resumable(
         cure = f"{folder} was trained otherwise; choose another output, {cures}"
         raise BadInput([cure, *(f"  {change}" for change in changes)])
     top = checkpoint.best(root, up_to=step)
-    rows = _whole(run / METRICS, up_to=step)
-    norms = [row["grad_norm"] for row in map(json.loads, rows) if row.get("grad_norm") is not None]
+    norms = [_finite(json.loads(row).get("grad_norm")) for row in _whole(run / METRICS, up_to=step)]
+    earlier = itertools.takewhile(lambda norm: norm is None, reversed(norms[:-1]))
     return Resume(
         step,
         folder,
@@ -295,7 +299,8 @@ def resumable(
         state.stale if state.judged == judged else 0,
         state.skipped,
         state.settled,
-        norms[-RECENT:],
+        len(list(earlier)),
+        [norm for norm in norms if norm is not None][-RECENT:],
         state.adapter,
         state.fitted,
         changes,
@@ -422,6 +427,7 @@ class Records:
         self.writes = not console.quiet
         self.traces, self.profiles = log.trace and self.writes, log.profile and self.writes
         self.stack = contextlib.ExitStack()
+        self.began = time.monotonic()
 
     def __enter__(self) -> Records:
         if self.writes:
@@ -477,7 +483,12 @@ class Records:
         # A log file gets a line now and then where a terminal gets a bar.
         regular = row["step"] % max(1, self.total // 25) == 0
         if not self.console.is_terminal and (regular or row["step"] in (self.start + 1, self.total)):
-            self.console.print(f"step {row['step']}/{self.total}  {numbers}", highlight=False, soft_wrap=True)
+            elapsed = time.monotonic() - self.began
+            left = elapsed / (row["step"] - self.start) * (self.total - row["step"])
+            times = f"{_clock(elapsed)} elapsed, {_clock(left)} to go"
+            self.console.print(
+                f"step {row['step']}/{self.total}  {numbers}  {times}", highlight=False, soft_wrap=True
+            )
 
     def trace(self, step: int, ids: Sequence[str], tokens: int, loss: float) -> None:
         """A line of trace.jsonl, where the recipe asks for it."""
@@ -508,7 +519,8 @@ class Records:
         told = [f"{name} {row[name]:.4f}" if row[name] is not None else f"{name} -" for name in named]
         self.console.print(
             f"step {step}: {part} {', '.join(told)}, exact {percent(row['exact'])} % of {row['n']} "
-            f"(prior {percent(row['prior'])} %)",
+            f"(prior {percent(row['prior'])} %)"
+            + (f", {row['cut']} cut at eval.max_new_tokens" if row.get("cut") else ""),
             highlight=False,
             soft_wrap=True,
         )
@@ -536,10 +548,24 @@ class Records:
                 checkpoint.write_text(file, "".join(_whole(file, up_to=last)))
 
 
+def _clock(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 def _whole(file: Path, up_to: int) -> list[str]:
     """The whole lines of a record up to a step; none where there is no such file."""
     rows = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
     return [row.decode() for row in rows if _step(row) <= up_to]
+
+
+def _finite(value: object) -> float | None:
+    """Return the finite number that a record holds; None for anything else."""
+    try:
+        return float(value) if type(value) in (int, float) and math.isfinite(value) else None  # type: ignore
+    except OverflowError:
+        return None
 
 
 def _step(row: bytes) -> float:

@@ -9,20 +9,22 @@ Faults are not kept.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import PIL
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
@@ -38,6 +40,29 @@ _THUMB = 256
 
 _FLAT = 16
 """Images whose grey values span less than this have no structure to compare."""
+
+_SIDE = 32
+"""Rows and columns of the thumbnails by which pictures are compared."""
+
+_BRIGHT = 228
+"""Grey values from here on may be cut off in a copy that is a tenth brighter (255 / 1.1 = 232)."""
+
+_CUT = 3
+"""A cell of a thumbnail in which over 3 of 255 of the area is so bright is not compared."""
+
+_FEWEST = 16
+"""Cells to compare: with fewer two pictures count as different."""
+
+DIFFERENT = 12
+"""Grey levels of 255 by which the same picture differs at most in a cell of its thumbnail.
+
+Measured on 105 pictures of surgical data sets and 30 scenes of the demo. Copies differ by at most 8.5 in
+their worst cell: as JPEG of quality 30, of half, three quarters or a square size, 10 % brighter or darker,
+and of half size, 10 % brighter or darker, as JPEG. Of 25 pairs of other pictures with alike hashes, frames of
+one video, the closest differ by 15.7, the next by 33."""
+
+LOOKED_AT = 4000
+"""Thumbnails that are made at most in one audit; those of before are remembered."""
 
 _SAVED_EVERY_S = 20
 
@@ -63,6 +88,8 @@ class ImageFacts:
     phash: str | None = None
     """Perceptual hash of 64 bits as hexadecimal digits, "" of an image without structure; None where the
     library was not there."""
+    thumbnail: str | None = None
+    """What `alike` compares, as base64: grey values, and which of them are too bright; None until needed."""
 
     @property
     def border(self) -> float | None:
@@ -109,7 +136,7 @@ def scan(refs: Iterable[ImageRef], *, headers: bool = False, progress: bool = Fa
         if known is None or (wanted and known.phash is None):
             unknown.append(ref)
         else:
-            result.found[ref.key] = known
+            result.found[ref.key] = replace(known, thumbnail=None)  # only `alike` needs it
     look = _header if headers else _facts
     result.decoded = len(unknown)
     pool = ThreadPoolExecutor(cores())
@@ -180,8 +207,10 @@ def _phash(grey: Image.Image) -> str | None:
     return str(imagehash.phash(grey))
 
 
-def near(queries: Sequence[str], others: Sequence[str], within: int) -> list[tuple[int, int, int]]:
-    """For each of `queries` the nearest of `others` if at most `within` bits differ.
+def near(
+    queries: Sequence[str], others: Sequence[str], within: int, most: int = 1
+) -> list[tuple[int, int, int]]:
+    """Return for each of `queries` the `most` nearest of `others` of which at most `within` bits differ.
 
     Both are 64-bit hashes as hexadecimal digits. Returns (query, other, bits) as indices. Every pair is
     compared, on all cores: 77,000 × 33,000 take seconds, and memory stays at some megabytes.
@@ -192,17 +221,87 @@ def near(queries: Sequence[str], others: Sequence[str], within: int) -> list[tup
 
     def block(start: int) -> list[tuple[int, int, int]]:
         bits = np.bitwise_count(left[start : start + 16, None] ^ right)
-        nearest = bits.argmin(1)
-        best = bits[np.arange(len(bits)), nearest]
-        return [
-            (start + int(row), int(nearest[row]), int(best[row])) for row in np.flatnonzero(best <= within)
-        ]
+        pairs = []
+        for row in np.flatnonzero(bits.min(1) <= within):
+            hits = np.flatnonzero(bits[row] <= within)
+            hits = hits[np.argsort(bits[row, hits], kind="stable")[:most]]
+            pairs += [(start + int(row), int(hit), int(bits[row, hit])) for hit in hits]
+        return pairs
 
     pool = ThreadPoolExecutor(cores())
     try:
         return [pair for pairs in pool.map(block, range(0, len(left), 16)) for pair in pairs]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def alike(
+    pairs: Sequence[tuple[ImageRef, ImageRef]], facts: Mapping[str, ImageFacts], most: int = LOOKED_AT
+) -> list[bool | None]:
+    """Return for each pair of images whether their pixels are those of one picture; None if not looked at.
+
+    Only the images of `pairs` are decoded, in parallel, and their thumbnails are remembered. At most `most`
+    are made, of the first pairs: where a video has thousands of frames alike, each call looks at some more.
+    """
+    memory = _Memory()
+    grids: dict[str, _Grid] = {}
+    wanted: dict[str, ImageRef] = {}
+    for pair in pairs:
+        for ref in pair:
+            known = memory.get(ref)
+            if known is not None and known.thumbnail is not None:
+                grids[ref.key] = _grid(known.thumbnail)
+            else:
+                wanted.setdefault(ref.key, ref)
+    refs = list(wanted.values())[:most]
+    with ThreadPoolExecutor(cores()) as pool:
+        for ref, text in zip(refs, pool.map(_thumbnail, refs), strict=True):
+            if text is not None:
+                grids[ref.key] = _grid(text)
+                memory.add(ref, replace(facts[ref.key], thumbnail=text))
+    memory.save()
+    return [
+        _same(grids[one.key], grids[other.key]) if one.key in grids and other.key in grids else None
+        for one, other in pairs
+    ]
+
+
+_Grid = tuple[NDArray[np.float64], NDArray[np.bool_]]
+"""Grey values of a thumbnail, and which of its cells are not too bright; (cells,) each."""
+
+
+def _thumbnail(ref: ImageRef) -> str | None:
+    """Return what `ImageFacts.thumbnail` holds; None where the image can no longer be read."""
+    try:
+        grey = open_rgb(ref.read()).convert("L")
+    except (OSError, ValueError):
+        return None
+    bright = grey.point([0] * _BRIGHT + [255] * (256 - _BRIGHT))
+    small = (each.resize((_SIDE, _SIDE), Image.Resampling.HAMMING) for each in (grey, bright))
+    values, cut = (np.asarray(each).ravel() for each in small)
+    return base64.b64encode(values.tobytes() + np.packbits(cut <= _CUT).tobytes()).decode()
+
+
+def _grid(thumbnail: str) -> _Grid:
+    data = np.frombuffer(base64.b64decode(thumbnail), np.uint8)
+    cells = _SIDE * _SIDE
+    return data[:cells].astype(np.float64), np.unpackbits(data[cells:], count=cells).astype(bool)
+
+
+def _same(one: _Grid, other: _Grid) -> bool:
+    """Return whether two thumbnails show one picture, whatever its brightness and contrast."""
+    cells = one[1] & other[1]
+    if cells.sum() < _FEWEST:
+        return False
+    first, second = one[0][cells], other[0][cells]
+    return max(_misfit(first, second), _misfit(second, first)) <= DIFFERENT
+
+
+def _misfit(values: NDArray[np.float64], target: NDArray[np.float64]) -> float:
+    """Return the largest difference of `target` from the line through `values` that fits it best."""
+    apart, from_mean = values - values.mean(), target - target.mean()
+    slope = (apart @ from_mean) / max(apart @ apart, 1e-9)
+    return float(np.abs(from_mean - slope * apart).max())
 
 
 Stamp = tuple[int, int, int, int]

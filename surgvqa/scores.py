@@ -233,6 +233,10 @@ class Scored:
         overlaps = [_legacy_first(row) if row.reference_regions else 0.0 for row in own]
         return [Tally(("iou",), self._sums(rows, np.column_stack([overlaps, expected])), _share)]
 
+    def cut(self, rows: Rows) -> int:
+        """Return how many answers were cut at `eval.max_new_tokens`."""
+        return sum(row.cut for row in self._of(rows))
+
     def boxes(self, rows: Rows) -> int:
         """How many questions expect boxes."""
         return sum(bool(row.reference_regions) for row in self._of(rows))
@@ -438,17 +442,19 @@ def score(
 def values(predictions: Sequence[Prediction], prior: Prior) -> dict[str, Any]:
     """`n`, `exact`, `prior` and every other score that applies to the questions as a whole; no intervals.
 
-    None where a score is not defined. `boxes` is how many questions expect boxes, where any does.
+    None where a score is not defined. `boxes` is how many questions expect boxes, where any does, and `cut`
+    how many answers were cut at `eval.max_new_tokens`, where any was.
     """
     scored = Scored(predictions, prior if prior.overall else None, whole=True)
     told = {name: value for tally in scored.overall.scores for name, value in tally.told().items()}
-    boxes = scored.boxes(scored.overall.rows)
+    boxes, cut = scored.boxes(scored.overall.rows), scored.cut(scored.overall.rows)
     return {
         "n": len(predictions),
         "exact": None,
         "prior": None,
         **told,
         **({"boxes": boxes} if boxes else {}),
+        **({"cut": cut} if cut else {}),
     }
 
 
@@ -467,6 +473,8 @@ def _described(scored: Scored, bucket: Bucket, samples: Mapping[int, Array]) -> 
     described: dict[str, Any] = {"n": n, "few": n < FEW, "groups": groups, "few_groups": groups < FEW_GROUPS}
     values = _valued(bucket.scores, samples, groups)
     described |= {"exact": None, "prior": None, **values, "absent": bucket.absent}
+    if cut := scored.cut(bucket.rows):
+        described["cut"] = cut
     if boxes := scored.boxes(bucket.rows):
         described["boxes"] = boxes
     if reliability := scored.reliability(bucket.rows):
@@ -518,12 +526,12 @@ def _by_group(scored: Scored) -> dict[str, dict[str, Any]]:
 def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """`score`'s result as rows (what, questions, exact %, its interval, prior %), the whole first.
 
-    * marks fewer than 20 questions, † fewer than 10 groups.
+    Marks at the number of questions: see MARKS.
     """
     return [
         (
             name,
-            f"{row['n']}{marks(row['few'], row['few_groups'])}",
+            f"{row['n']}{marks(row['few'], row['few_groups'], row.get('cut', 0))}",
             percent(row["exact"]),
             " – ".join(map(percent, row["intervals"].get("exact", ()))) or "-",
             percent(row["prior"]),
@@ -535,12 +543,13 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
 MARKS = {
     "*": f"fewer than {FEW} questions",
     "†": f"fewer than {FEW_GROUPS} groups: do not trust the interval",
+    "‡": "answers were cut at eval.max_new_tokens; raise it",
 }
 
 
-def marks(few: bool, few_groups: bool) -> str:
-    """What stands behind a number of questions, see MARKS."""
-    return "*" * few + "†" * few_groups
+def marks(few: bool, few_groups: bool, cut: int = 0) -> str:
+    """Return what stands behind a number of questions, see MARKS; `cut` counts answers that were cut."""
+    return "*" * few + "†" * few_groups + "‡" * bool(cut)
 
 
 def percent(share: float | None) -> str:

@@ -18,6 +18,7 @@ from rich.text import Text
 from surgvqa import grounding, letterbox, pictures
 from surgvqa.augment import Augmented, Placement
 from surgvqa.datasets import Example
+from surgvqa.endings import writing_to
 from surgvqa.plan import trees_of
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput, Part, Recipe
@@ -68,7 +69,8 @@ def show(
     chosen = trees[index][: recipe.batch.questions_per_image]
     example = questions.examples[chosen[0]]
     factor = prepared.folder.factor
-    out.mkdir(parents=True, exist_ok=True)
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
     facts = []
     placements = questions.placements(chosen[0], epoch)
     for number, (image, placement) in enumerate(zip(example.images, placements, strict=True)):
@@ -76,7 +78,8 @@ def show(
         file = out / f"canvas-{number}.png"
         drawn = placement.place(canvas.scale(letterbox.read_rgb(image)), recipe.image.fill)
         boxes = _outline(drawn, placement, [questions.examples[one] for one in chosen], number)
-        drawn.save(file)
+        with writing_to(file):
+            drawn.save(file)
         facts.append(
             f"{image.key}: {canvas.source_width}×{canvas.source_height} → {canvas.width}×{canvas.height}, "
             f"{canvas.width // factor}×{canvas.height // factor} = {canvas.tokens(factor)} tokens; {file}"
@@ -91,9 +94,10 @@ def show(
             facts.append(f"epoch {epoch}: {placement.by}")
     segments = _segments(questions, chosen, epoch)
     page = out / "tree.html"
-    page.write_text(
-        _PAGE.render(facts=facts, images=len(example.images), segments=segments), encoding="utf-8"
-    )
+    with writing_to(page):
+        page.write_text(
+            _PAGE.render(facts=facts, images=len(example.images), segments=segments), encoding="utf-8"
+        )
     for line in facts:
         console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
     for segment in segments:
@@ -115,7 +119,8 @@ def _outline(drawn: Image.Image, canvas: Placement, examples: Sequence[Example],
     counts: Counter[str] = Counter()
     for example in examples:
         boxes = [("asked", region, region.label) for region in example.asked_regions]
-        boxes += [("answered", region, region.label or example.answers[0]) for region in example.regions]
+        words = "" if example.layout else example.answers[0]
+        boxes += [("answered", region, region.label or words) for region in example.regions]
         for kind, region, label in boxes:
             if region.image == number:
                 told = grounding.on_canvas(region, canvas).box

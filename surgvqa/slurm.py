@@ -21,7 +21,7 @@ from typing import Any
 from surgvqa import lock, recipe
 from surgvqa.endings import ENDED
 from surgvqa.lock import METRICS
-from surgvqa.recipe import BadInput
+from surgvqa.recipe import BadInput, path_argument
 from surgvqa.results import STATE, json_of, number, rows, standing
 
 TRAIN, EVALUATE = Path("slurm/train.sbatch"), Path("slurm/evaluate.sbatch")
@@ -53,7 +53,7 @@ def submit(argv: Sequence[str]) -> int:
         "surgvqa submit",
         description="Submit a recipe to SLURM, from the repository's root; key=value overrides follow it.",
     )
-    parser.add_argument("recipe", type=Path, help="recipe file, e.g. recipes/exp1_768.yaml")
+    parser.add_argument("recipe", type=path_argument, help="recipe file, e.g. recipes/exp1_768.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--gpus", type=_count, default=1, metavar="N", help="GPUs per node (default: 1)")
     parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="(default: 1)")
@@ -183,7 +183,12 @@ def status(argv: Sequence[str]) -> int:
     """List runs: state, job, step, time to go, best score."""
     parser = argparse.ArgumentParser("surgvqa status", description=status.__doc__)
     parser.add_argument(
-        "folders", nargs="*", type=Path, default=[RUNS], metavar="FOLDER", help="run, or runs' folder (runs)"
+        "folders",
+        nargs="*",
+        type=path_argument,
+        default=[RUNS],
+        metavar="FOLDER",
+        help="run, or runs' folder (runs)",
     )
     given = parser.parse_args(argv)
     queue = _queue()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from surgvqa import checkpoint, recipe, results
 from surgvqa.datasets import Example
+from surgvqa.endings import file_errors
 from surgvqa.recipe import BadInput, Part, Recipe
 
 _DECIDING = (
@@ -106,6 +107,7 @@ def _in_its_run(found: Path, run: Path) -> bool:
     return found.resolve().parent.parent == run.resolve()
 
 
+@file_errors()
 def model_of(
     source: str | Path,
     recipe_file: str | os.PathLike[str] | None = None,

@@ -1,24 +1,116 @@
 """What is printed: texts of data, model folders and runs are shown, and cannot steer the terminal.
 
-Errors go through `recipe.explain`, log lines through `Formatter`, everything else through `Console`.
+Errors go through `recipe.explain`, log lines through `Formatter`, everything else through `Console`. Commands
+first call `forgiving_streams`, after which printing never raises.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import logging
+import os
+import select
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import rich.console
 from rich.segment import Segment
 
 from surgvqa.recipe import printable
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 T = TypeVar("T")
 
 LINE_EVERY = 10.0
 """Seconds between two lines about work that goes on, where there is no terminal to draw a bar on."""
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+"""Errors of a stream whose reader or terminal has gone: nobody is left who could be told."""
+
+
+def forgiving_streams() -> None:
+    """Make sys.stdout and sys.stderr of this process never raise.
+
+    What cannot be written (the reader has gone, the disk is full, the stream was closed) is dropped, and so
+    is everything after it. A character that the encoding lacks is printed as a replacement. Streams that a
+    test or a notebook has put in place are left alone.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue
+        if stream is None:  # closed when Python started
+            _occupy(descriptor)
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+            continue
+        descriptor = stream.fileno()
+        try:
+            stream.flush()
+        except OSError:
+            _discard(descriptor)
+        forgiving = io.TextIOWrapper(
+            io.BufferedWriter(_Forgiving(descriptor, name)),
+            encoding=stream.encoding,
+            errors="replace" if name == "stdout" else "backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, forgiving)
+
+
+class _Forgiving(io.RawIOBase):
+    """A file descriptor that becomes /dev/null at the first error."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.descriptor, self.stream_name = descriptor, name
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: ReadableBuffer) -> int:
+        while True:
+            try:
+                return os.write(self.descriptor, data)
+            except BlockingIOError:  # the reader is slow, and whoever opened the pipe does not wait for it
+                select.select([], [self.descriptor], [])
+            except OSError as error:
+                _discard(self.descriptor)
+                if self.stream_name == "stdout" and error.errno not in _GONE:
+                    print(f"warning: stdout: {error.strerror}; nothing more is printed", file=sys.stderr)
+
+
+def _discard(descriptor: int) -> None:
+    """Let everything that is written to a descriptor go to /dev/null."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+def _occupy(descriptor: int) -> None:
+    """Open /dev/null on a closed descriptor, which else the next file to be opened, such as a checkpoint's,
+    would get: whatever prints by number would print into it.
+    """
+    with contextlib.suppress(OSError):
+        os.fstat(descriptor)
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null == descriptor:
+        os.set_inheritable(null, True)
+    else:
+        os.dup2(null, descriptor)
+        os.close(null)
 
 
 class Console(rich.console.Console):

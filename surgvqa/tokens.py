@@ -197,7 +197,9 @@ class ChatTokens:
         if not example.regions:
             return answer
         boxes = grounding.on_canvases(example, example.regions, canvases)
-        return grounding.write_answer(self.folder.family, answer, boxes, len(example.images))
+        return grounding.write_answer(
+            self.folder.family, answer, boxes, len(example.images), layout=example.layout
+        )
 
     def branches(
         self,
@@ -330,6 +332,15 @@ class ChatTokens:
             for token in found:
                 text = text.replace(token, "")
         return " ".join(text.split())
+
+    def lengths(self, texts: Iterable[str]) -> dict[str, int]:
+        """Return how many tokens each text has, without those of the conversation around it."""
+        distinct = list(dict.fromkeys(texts))
+        counted: dict[str, int] = {}
+        for start in range(0, len(distinct), _PAIRS):
+            some = distinct[start : start + _PAIRS]
+            counted.update(zip(some, map(len, self._encode(some)), strict=True))
+        return counted
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token as text, for showing."""

@@ -27,18 +27,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surgvqa import checkpoint, evaluation, hub, memory, model, processes, recipe
-from surgvqa.banner import banner
+from surgvqa.banner import banner, example
 from surgvqa.endings import (
     NOT_BEGUN,
     PEER_LOST,
-    Ending,
     NotBegun,
     NumericFailure,
     Preempted,
     Stop,
     Stopped,
     leave_code,
-    leave_now,
+    run_command,
 )
 from surgvqa.flops import Speed
 from surgvqa.loss import TreeLoss
@@ -46,7 +45,7 @@ from surgvqa.peers import Peers
 from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.processes import main_first
-from surgvqa.recipe import BadInput, Recipe
+from surgvqa.recipe import BadInput, Recipe, path_argument
 from surgvqa.results import OPTIMIZER, RECIPE
 from surgvqa.run import (
     RECENT,
@@ -63,7 +62,7 @@ from surgvqa.run import (
     resumable,
 )
 from surgvqa.sources import Source
-from surgvqa.terminal import Console
+from surgvqa.terminal import Console, forgiving_streams
 from surgvqa.tree import packs, workers_watched
 from surgvqa.validation import Validation
 
@@ -145,8 +144,10 @@ def _train(
         prepared.plan(final)
     total = settings.train.max_steps or settings.train.epochs * plan.steps_per_epoch
     if main:
-        for warning in prepared.warnings:
+        for warning in (*prepared.warnings, *prepared.too_short(settings.eval.parts)):
             log.warning("warning: %s", warning)
+        for line in example(questions):  # before the model loads, which takes minutes where it is large
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     # Where to begin, and the model.
     if fresh:
@@ -167,7 +168,7 @@ def _train(
     # What fitted before is taken again where all is as before: a sum's portions decide its last bits.
     limit = settings.batch.tokens_per_micro_batch
     conditions = main_first(accelerator, lambda: [limit, world, processes.name(device)])
-    again = resume is not None and resume.fitted[:-1] == conditions
+    again = resume is not None and list(resume.fitted[:-1]) == conditions
     fitting = memory.fit(
         tree_loss,
         questions,
@@ -187,10 +188,9 @@ def _train(
     if resume:
         try:
             checkpoint.load_optimizer(resume.folder / OPTIMIZER, optimizer, parameters)
-        except KeyError as error:
-            raise BadInput(
-                f"{resume.folder}: its optimizer is that of another model; {error} is missing"
-            ) from None
+        except (KeyError, ValueError) as error:
+            wrong = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise BadInput(f"{resume.folder}: its optimizer is that of another model; {wrong}") from None
     if main:
         if resume:
             record_changes(run, resume)
@@ -205,7 +205,17 @@ def _train(
     saved = start
 
     def save(step: int, score: checkpoint.Score | None, settled: bool) -> None:
-        """`settled`: whether the evaluation that was due at this step was made."""
+        """Begin to write a checkpoint. Raises NumericFailure instead where weights are NaN or infinite.
+
+        `settled`: whether the evaluation that was due at this step was made.
+        """
+        nonlocal saved
+        if not main_first(accelerator, lambda: model.finite(network)):
+            raise diverged(step, f"step {step}: weights became NaN or infinite")
+        main_first(accelerator, lambda: begin_to_write(step, score, settled))
+        saved = step
+
+    def begin_to_write(step: int, score: checkpoint.Score | None, settled: bool) -> None:
         state = {
             "step": step,
             "data": fingerprint,
@@ -227,25 +237,68 @@ def _train(
 
         writer.write(step, fill, model.weights(network), checkpoint.moments(optimizer, parameters))
 
-    def settle(step: int) -> None:
-        """Evaluate and save after a step, where it is time for either."""
-        nonlocal best, stale, saved
+    def settle(step: int, before: int) -> None:
+        """Evaluate and save after a step, where either was due after step `before`.
+
+        Neither is done while steps are skipped: the weights may be what made the gradients not finite, and
+        their checkpoints would push out the good ones. What is due then follows the next update.
+        """
+        nonlocal best, stale
+        if skipped and step < total:
+            return
         score: checkpoint.Score | None = None
         improved = False
-        if validation and (step % evaluate_every == 0 or step == total):
-            found = validation.look(tree_loss, prepared, accelerator=accelerator, compute=compute, stop=stop)
+        if validation and _due(evaluate_every, before, step, total):
+            try:
+                found = validation.look(
+                    tree_loss, prepared, accelerator=accelerator, compute=compute, stop=stop
+                )
+            except NumericFailure as error:
+                raise diverged(step, str(error)) from None
             records.evaluation(step, settings.eval, found.row, found.picture)
             if settings.eval.keep_best:
                 score = found.score
                 improved = score is not None and score > best
                 best, stale = (score, 0) if score is not None and improved else (best, stale + 1)
-        if improved or over(step) or step % (settings.checkpoint.every or total) == 0:
-            main_first(accelerator, lambda: save(step, score, settled=True))
-            saved = step
+        if improved or over(step) or _due(settings.checkpoint.every or total, before, step, total):
+            save(step, score, settled=True)
 
     def over(step: int) -> bool:
         """Whether training ends after a step, early or not."""
         return step >= total or (settings.eval.patience is not None and stale >= settings.eval.patience)
+
+    def sound(updated: int) -> bool:
+        """Return whether the weights after step `updated`, the last one that was not skipped, can be trained:
+        hidden states of its questions, and their gradients, are finite. False where no step was an update.
+
+        No answers and no loss are in this: those of the skipped steps may be to blame, and not the weights.
+        """
+        if not updated:
+            return False
+        epoch, trees = plan.epoch(updated - 1), plan.step(updated - 1)
+        for micro_batch in filter(None, plan.share(trees, world)[accelerator.process_index]):
+            pack = questions.pack(micro_batch, epoch=epoch, cuda=device.type == "cuda").to(device)
+            with torch.autocast(device.type, compute.autocast, enabled=compute.autocast is not None):
+                hidden = model.hidden_states(network, pack, compute.attn)
+            torch.autograd.backward(hidden.float().sum())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        optimizer.zero_grad(set_to_none=True)
+        return not processes.anywhere(accelerator, not math.isfinite(norm))
+
+    def diverged(step: int, why: str) -> NumericFailure:
+        """Return the failure that names the last good checkpoint, from which the next start goes on.
+
+        That is the newest, unless it holds the weights that give no finite gradients: then it is renamed.
+        """
+        main_first(accelerator, writer.wait)
+        updated = step - skipped
+        if not sound(updated):
+            main_first(accelerator, lambda: checkpoint.set_aside(writer.root, updated))
+        last = main_first(accelerator, lambda: checkpoint.newest(writer.root)[0])
+        return NumericFailure(
+            f"{why}. The last good checkpoint: {last or 'none yet'}. "
+            "Look at the questions named above, or lower train.lr"
+        )
 
     skipped = resume.skipped if resume else 0
     norms = deque(resume.norms if resume else [], maxlen=RECENT)
@@ -271,7 +324,7 @@ def _train(
             if processes.anywhere(accelerator, bool(stop)):
                 raise Preempted
             if not settled:
-                settle(start)
+                settle(start, start - 1 - (resume.postponed if resume else 0))
             while not over(step):
                 began = time.perf_counter()
                 trees = plan.step(step)
@@ -319,29 +372,27 @@ def _train(
                 )
                 ids = [questions.examples[question].id for question in asked]
                 records.trace(step, ids, int(questions.answer_tokens[asked].sum()), loss)
+                before = step - 1 - skipped if finite else step - 1
                 skipped = 0 if finite else skipped + 1
                 if what := unusual(grad_norm if finite else math.nan, norms):
                     log.warning("step %d: %s; questions %s", step, what, ", ".join(ids))
                     records.unusual(step, what, ids)
                 if finite:
                     norms.append(grad_norm)
-                if unwritten or skipped == MOST_SKIPPED:
+                if unwritten:
                     main_first(accelerator, writer.wait)
-                if skipped == MOST_SKIPPED:
-                    last = main_first(accelerator, lambda: checkpoint.newest(run / "checkpoints")[0])
-                    raise NumericFailure(
-                        f"{skipped} steps in a row without finite gradients, the last at step {step}. "
-                        f"The last good checkpoint: {last or 'none yet'}. "
-                        "Look at the questions named above, or lower train.lr"
-                    )
+                if skipped == MOST_SKIPPED or (skipped and step == total and not sound(step - skipped)):
+                    many = "1 step" if skipped == 1 else f"{skipped} steps in a row"
+                    raise diverged(step, f"{many} without finite gradients, the last at step {step}")
 
                 peers.done(step)
                 if stopping:
                     raise Preempted
-                settle(step)
+                settle(step, before)
         except Preempted:
-            if step > saved:
-                main_first(accelerator, lambda: save(step, None, settled=False))
+            # While steps are skipped, only of weights that are not the reason.
+            if step > saved and (not skipped or sound(step - skipped)):
+                save(step, None, settled=False)
             main_first(accelerator, writer.wait)
             why = f" ({stop.reason})" if stop.reason else ""
             how = ", without --fresh," if fresh else ""
@@ -378,6 +429,11 @@ def _train(
     return outcome
 
 
+def _due(every: int, before: int, step: int, total: int) -> bool:
+    """Return whether something that is due every so many steps was so after `before`, up to `step`."""
+    return step // every > before // every or step == total
+
+
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     """The learning rate of 0-based `step` as a share of its peak.
 
@@ -409,10 +465,12 @@ def _room(prepared: Prepared, start: int, total: int, evaluate_every: int, resum
     settings = prepared.recipe
     every = settings.checkpoint.every or total
     best = evaluate_every if settings.eval.keep_best else 0
-    due = sum(
-        step % every == 0 or step == total or bool(best and step % best == 0)
-        for step in range(start + 1, total + 1)
-    )
+
+    def multiples(number: int) -> int:  # of the steps to come; there may be far too many to look at each
+        return total // number - start // number
+
+    due = multiples(every) + (multiples(best) - multiples(math.lcm(every, best)) if best else 0)
+    due += bool(start < total and total % every and (not best or total % best))
     checkpoint.room(
         Path(settings.output),
         prepared.checkpoint_bytes(),
@@ -465,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "surgvqa train", description="Train a recipe; the same command again resumes a run that was stopped."
     )
-    parser.add_argument("recipe", type=Path, help="recipe file, e.g. recipes/demo.yaml")
+    parser.add_argument("recipe", type=path_argument, help="recipe file, e.g. recipes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--gpus", metavar="N|all", help="with `surgvqa train`: GPUs of this machine to use")
     parser.add_argument(
@@ -476,8 +534,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--accept-changes", action="store_true", help="go on though recipe or data changed, and record how"
     )
+    forgiving_streams()
     given = parser.parse_intermixed_args(argv)
-    try:
+
+    def work() -> None:
         if given.gpus or given.replay:
             raise BadInput(
                 "--gpus and --replay are for `surgvqa train`; here a launcher decides how many processes "
@@ -487,14 +547,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.fresh and not given.yes:
             raise BadInput(f"--fresh deletes the run in {settings.output}; add --yes to confirm")
         train(settings, fresh=given.fresh, accept_changes=given.accept_changes)
-    except BadInput as error:
-        return leave_code(recipe.explain(error))
-    except Ending as error:
-        log.error("%s", error)
-        if isinstance(error, NotBegun):
-            leave_now(error.exit_code)
-        return leave_code(error.exit_code)
-    return leave_code(0)
+
+    return leave_code(run_command(work))
 
 
 if __name__ == "__main__":

@@ -368,7 +368,10 @@ def test_near_identical_images_in_two_parts(build: Builder, monkeypatch: pytest.
     result = check(build.dataset())
     (problem,) = result.problems
     assert problem.warning
-    what = "1 of 1 images look like one of train or val (perceptual hashes within 4 of 64 bits): c.png ~ "
+    what = (
+        "1 of 1 images are copies of one of train or val, saved again (the same picture by perceptual hash "
+        "and pixels): c.png ~ "
+    )
     assert problem.what in (what + "a.png", what + "b.png")
     assert problem.images[0] == "c.png"
     assert result.notes == []

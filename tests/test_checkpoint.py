@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +114,30 @@ def test_damage_is_found_by_name_and_an_older_one_is_taken(tmp_path: Path, name:
     assert f"step-000002: {name}: " in rejected[0]
 
 
+@pytest.mark.parametrize("name", ["weights", checkpoint.STATE, checkpoint.MANIFEST, ""])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+@pytest.mark.fault("F31")
+def test_one_that_cannot_be_read_is_named_and_an_older_one_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """A file by its permissions or a bad sector, and the whole folder."""
+    saved(tmp_path, 1, 2)
+    closed = tmp_path / "step-000002" / name
+    for method in ("open", "iterdir"):
+        of_path = getattr(Path, method)
+
+        def refused(path: Path, *given: Any, of_path: Any = of_path, **named: Any) -> Any:
+            if path == closed:
+                raise OSError(number, os.strerror(number), str(path))
+            return of_path(path, *given, **named)
+
+        monkeypatch.setattr(Path, method, refused)
+    newest, rejected = checkpoint.newest(tmp_path)
+    assert os.strerror(number) in rejected[0]
+    assert rejected[0].startswith(f"{tmp_path / 'step-000002'}: {name}")
+    assert newest == tmp_path / "step-000001" or not name
+
+
 @pytest.mark.fault("F8")
 def test_a_failing_write_leaves_the_old_ones(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
@@ -153,6 +179,19 @@ def test_the_optimizer_comes_back_bit_for_bit(tmp_path: Path) -> None:
     step(again, its_optimizer)
     for name, value in network.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
+    odd = {"step": torch.zeros(()), "exp_avg": torch.zeros(4, 3), "exp_avg_sq": torch.zeros(4, 3)}
+    for moment, value in (
+        ("exp_avg", torch.zeros(3, 4)),
+        ("exp_avg_sq", torch.zeros(4, 3).half()),
+        ("step", torch.zeros((), dtype=torch.int64)),
+        ("another", torch.zeros(4, 3)),
+    ):
+        moments = {f"0.weight|{key}": each for key, each in {**odd, moment: value}.items()}
+        save_file(moments, tmp_path / "odd.safetensors")
+        with pytest.raises(ValueError, match=r"0\.weight needs"):
+            checkpoint.load_optimizer(
+                tmp_path / "odd.safetensors", its_optimizer, {"0.weight": its_names["0.weight"]}
+            )
     del its_names
     with pytest.raises(KeyError):
         checkpoint.load_optimizer(

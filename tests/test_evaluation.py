@@ -20,12 +20,12 @@ from conftest import FAMILIES, closed_sets, write_jsonl
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from surgvqa import cli, evaluation, processes, recipe, results, sources, train
+from surgvqa import cli, comparison, evaluation, processes, recipe, results, scores, sources, train
 from surgvqa import prepare as preparation
 from surgvqa.datasets import Example, ImageRef, Region, in_context
 from surgvqa.decode import greedy
 from surgvqa.endings import NumericFailure, Preempted
-from surgvqa.evaluation import evaluate
+from surgvqa.evaluation import Reply, evaluate
 from surgvqa.model import base
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput
@@ -264,14 +264,56 @@ def test_a_stopped_evaluation_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch
     assert not (run / "predictions.jsonl.partial").exists()
 
 
+def test_answers_that_are_cut_are_marked_and_counted(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An answer that is still going on at `eval.max_new_tokens` is cut, one that ends there is not."""
+
+    def written(model: Any, pack: Any, *, max_new_tokens: int, **rest: Any) -> list[list[int]]:
+        return [[30] * (max_new_tokens - number % 3) for number in range(len(pack.ends))]
+
+    monkeypatch.setattr(evaluation, "greedy", written)
+    found = evaluate(run)
+    predictions = scores.read(run / "predictions.jsonl")
+    lengths = [len(row.answer) for row in predictions]
+    assert [row.cut for row in predictions] == [length == max(lengths) for length in lengths]
+    assert all(row.get("cut", True) is True for row in rows(run))
+    cut = sum(row.cut for row in predictions)
+    assert 0 < found["overall"]["cut"] == cut < len(predictions)
+    assert sum(bucket.get("cut", 0) for bucket in found["by_type"].values()) == cut
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{cut} of {len(predictions)} answers cut at eval.max_new_tokens" in printed
+    assert "‡ answers were cut at eval.max_new_tokens" in printed
+    # Where it is read: a notebook's tables, a comparison, files of former versions.
+    told = results.load_run(run).evaluation()
+    assert told.table()["cut"].tolist() == [row.cut for row in predictions]
+    assert "cut at eval.max_new_tokens" in told.scores_table().loc["all", "note"]
+    notes = comparison.compare(run, run, resamples=9).notes
+    assert f"{run}: {cut} of {len(predictions)} answers were cut at eval.max_new_tokens" in notes
+    former = [{key: value for key, value in row.items() if key != "cut"} for row in rows(run)]
+    (run / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in former))
+    assert not any(row.cut for row in scores.read(run / "predictions.jsonl"))
+
+
+def test_labels_are_never_cut(run: Path) -> None:
+    found = evaluate(run, overrides=["eval.answers=labels", "eval.max_new_tokens=1", *closed_sets()])
+    assert "cut" not in found["overall"]
+
+
 def test_two_evaluations_at_once_do_not_take_each_others_answers(home: Path, tmp_path: Path) -> None:
     _, prepared = prepared_of(home)
     file, questions = tmp_path / "predictions.jsonl.partial", prepared.questions("test", asked=True)
     one, two = (evaluation.Begun(file, of, questions) for of in ("one", "two"))
     assert one.known() == two.known() == {}
-    one.keep({0: ("of one", None), 2: ("of one", None)})
-    two.keep({0: ("of two", None), 1: ("too", {"too": 1.0})})
-    assert two.known() == {0: ("of two", None), 1: ("too", {"too": 1.0})}
+    one.keep({0: Reply("of one"), 2: Reply("of one")})
+    kept = {0: Reply("of two", cut=True), 1: Reply("too", {"too": 1.0})}
+    two.keep(kept)
+    assert two.known() == kept
+    # A line of a former version does not say whether its answer was cut, so its question is asked again.
+    line = {"of": "two", "id": questions.examples[3].id, "answer": "red", "probabilities": None}
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line) + "\n")
+    assert two.known() == kept
 
 
 def test_results_of_one_folder_are_of_one_model_and_one_recipe(home: Path, tmp_path: Path) -> None:

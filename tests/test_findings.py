@@ -171,6 +171,37 @@ def test_what_cannot_fit_is_found_without_the_model(folder: Path) -> None:
     assert all(few <= tokens <= few + 60 for few, tokens in zip(least, exact, strict=True))
 
 
+@pytest.mark.parametrize("model", ["tiny-qwen2-vl", "tiny-qwen3-vl"])
+def test_references_longer_than_an_answer_may_be(folder: Path, model: str) -> None:
+    """Each with its end of turn and its boxes; not where a shorter one counts as right, too."""
+    long, box = "red and blue and green", {"box": [10, 10, 50, 40]}
+    answers = [
+        {"answer": "red"}, {"answer": long}, {"answer": [long, "red"]}, {"answer": [long, long + " too"]},
+        {"answer": "red", "boxes": [box]},
+    ]  # fmt: skip
+    write(folder, {"answer": long}, *({**row, "split": "test"} for row in answers))
+    words = f"model.name={model}", "data.split={by: official}"
+    prepared = prepare.prepare(recipe.load(folder / "small.yaml", words))
+    lengths = prepared.questions("test").answer_tokens.tolist()  # of the first reference, as it is trained
+    too = 1 + prepared.chat.lengths([long + " too"])[long + " too"]
+    assert lengths[0] < lengths[1] < too < lengths[4]
+    for limit, count, needed in (
+        (lengths[0] - 1, 5, lengths[4]), (lengths[0], 3, lengths[4]), (lengths[1] - 1, 3, lengths[4]),
+        (lengths[1], 1, lengths[4]), (lengths[4] - 1, 1, lengths[4]), (lengths[4], 0, 0),
+    ):  # fmt: skip
+        _, content, _ = check(folder, *words, f"eval.max_new_tokens={limit}")
+        told = [p["what"] for p in content["problems"] if p["place"] == "eval.max_new_tokens"]
+        settings = recipe.load(folder / "small.yaml", [*words, f"eval.max_new_tokens={limit}"])
+        at_start = prepare.prepare(settings).too_short(settings.eval.parts)
+        assert at_start == [f"eval.max_new_tokens: {what}" for what in told]
+        assert len(told) == bool(count)
+        if told:
+            assert told[0].startswith(f"{limit} cuts every right answer to {count} of 5 questions of test: ")
+            assert told[0].endswith(f"set {needed} or more")
+    _, content, _ = check(folder, *words, "eval.max_new_tokens=1", "eval.final=null")
+    assert not [p for p in content["problems"] if p["place"] == "eval.max_new_tokens"]
+
+
 def test_without_the_model_the_data_is_looked_at(folder: Path, capsys: Capture) -> None:
     write(folder, {})
     code, content, _ = check(folder, "model.name=somebody/no-such-model")

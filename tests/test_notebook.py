@@ -40,7 +40,7 @@ def test_the_table_has_a_row_for_each_question(tiny_run: Path) -> None:
     table = evaluation.table()
     lines = [json.loads(line) for line in (tiny_run / "predictions.jsonl").open(encoding="utf-8")]
     assert list(table.columns) == [
-        "id", "image", "group", "type", "question", "reference", "answer", "right", "confidence",
+        "id", "image", "group", "type", "question", "reference", "answer", "right", "confidence", "cut",
     ]  # fmt: skip
     assert list(table["id"]) == [line["id"] for line in lines]
     assert table["right"].mean() == pytest.approx(evaluation.scores["overall"]["exact"])

@@ -104,6 +104,7 @@ def check_answers(model: Predictor, run: Path) -> list[Prediction]:
         answers.append(model.ask(images, rows[0].question, question_type=kinds[0]))
         for row, answer in zip([*rows, rows[0]], answers, strict=True):
             assert (answer.question, answer.text, answer.regions) == (row.question, row.answer, ())
+            assert answer.cut == row.cut
             chances = row.probabilities
             assert answer.probabilities == (None if chances is None else pytest.approx(chances, rel=1e-4))
     assert len({row.answer for row in expected}) > 2  # or all of this shows little

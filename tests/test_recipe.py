@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic.fields import FieldInfo
 
 from surgvqa import recipe
 from surgvqa.recipe import BadInput
@@ -210,3 +213,65 @@ def test_the_reference_lists_every_key_as_the_docs_do() -> None:
         assert f"| `{key}` |" in recipe.reference()
         row = next(row for row in recipe.reference().splitlines() if row.startswith(f"| `{key}` |"))
         assert not row.endswith("|  |"), f"{key} has no meaning written down"
+
+
+def numeric_fields() -> list[tuple[str, FieldInfo]]:
+    """Every key whose value may be a number, in all sections."""
+    found = []
+    for key in recipe._all_keys(recipe.Recipe):
+        *parents, name = key.split(".")
+        section: Any = recipe.Recipe
+        for parent in parents:
+            section = section.model_fields[parent].annotation
+        field = section.model_fields[name]
+        if {int, float} & {field.annotation, *get_args(field.annotation)}:
+            found.append((key, field))
+    return found
+
+
+@pytest.mark.parametrize("key", [key for key, _ in numeric_fields()])
+@pytest.mark.fault("F35")
+def test_numbers_that_no_run_can_use_are_refused_with_their_key(key: str) -> None:
+    for value in ("1" + 38 * "0", "-" + 27 * "9", "3e38", "-1e-320", ".inf", ".nan", "1e999", "''", "[1]"):
+        with pytest.raises(BadInput, match=re.escape(f"with {key}={value}: {key}: ")):
+            recipe.parse(GOOD, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["output", "model.name", "model.adapter", "data.path", "data.split.path"])
+@pytest.mark.fault("F35")
+def test_paths_are_expanded_and_those_that_no_disk_has_are_refused(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$NOWHERE").mkdir()
+    more = ["data.format=jsonl", "data.path=x", "data.split={by: frozen, path: x}"]
+
+    def read(path: str) -> object:
+        settings = recipe.parse(GOOD, [*more, f"{key}={path}"])
+        assert recipe.parse(settings.dump()) == settings, "read again it is the same"
+        return recipe._flat(settings.model_dump())[key]
+
+    assert read("~/runs/a~b") == "/home/someone/runs/a~b"
+    assert read("$SCRATCH/${SCRATCH}/x") == "/scratch//scratch/x"
+    assert read("$NOWHERE") == "$NOWHERE", "a folder of that very name"
+    for path, said in (
+        ("a" * 300, "is too long for a path"),
+        ("a/" * 3000, "is too long for a path"),
+        ("é" * 130, "is too long for a path"),
+        ("$NOWHERE/x", "$NOWHERE is not set"),
+        ("${NOWHERE}x", "$NOWHERE is not set"),
+        ("~nobody-of-that-name/x", "~nobody-of-that-name is no user's home folder"),
+    ):
+        with pytest.raises(BadInput, match=re.escape(f"{key}: {said}")):
+            read(path)
+
+
+@pytest.mark.fault("F35")
+def test_an_override_longer_than_a_files_name_is_none() -> None:
+    assert recipe.is_override("prompt.system=" + "Look closely. " * 500)
+    assert recipe.is_override("a=\0")
+    with pytest.raises(BadInput, match="cannot be read as a recipe"):
+        recipe.load("a" * 300)

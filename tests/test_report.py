@@ -161,6 +161,31 @@ def test_groups_of_several_images_worst_first(data: Path, tmp_path: Path) -> Non
     assert found
 
 
+def test_answers_that_were_cut_are_marked(data: Path, tmp_path: Path) -> None:
+    run = make(tmp_path / "run", data, change=lambda row: replace(row, cut=row.question_type == "count"))
+    cut = [row.id for row in load_run(run).evaluation().predictions if row.cut]
+    assert cut
+    page = report.write([run], pictures=False)
+    said = texts(page)
+    assert f"Answers cut at eval.max_new_tokens {len(cut)} " in said
+    assert "‡ answers were cut at eval.max_new_tokens" in said
+    shown = packed(page)
+    numbers = shown["runs"][0]["cut"]
+    assert sorted(shown["texts"][shown["id"][number]] for number in numbers) == sorted(cut)
+    marked = [line for line in report.markdown([run]).splitlines() if "‡" in line]
+    assert [line.split("|")[1].strip() for line in marked[:-1]] == ["**All**", "count"]
+    whole = make(tmp_path / "whole", data)
+    assert "‡" not in texts(report.write([whole], pictures=False))
+
+
+def test_a_score_of_100_percent_has_an_interval(data: Path, tmp_path: Path) -> None:
+    run = make(tmp_path / "run", data, skill=1)
+    groups = len({row.group for row in load_run(run).evaluation().predictions})
+    low = f"{100 * 0.025 ** (1 / groups):.1f}"
+    assert f"95 % interval {low} – 100.0" in texts(report.write([run], pictures=False))
+    assert f"| 100.0 [{low}, 100.0] |" in report.markdown([run])
+
+
 def test_a_confusion_matrix_counts(data: Path, tmp_path: Path) -> None:
     pairs = [("yes", "yes", 12), ("yes", "no", 3), ("no", "no", 4), ("no", "maybe so", 1)]
     rows = [

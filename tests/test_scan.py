@@ -19,7 +19,8 @@ from sources import load
 
 from surgvqa import scan as scanning
 from surgvqa.datasets import ImageRef
-from surgvqa.scan import ImageFacts, near, scan
+from surgvqa.demo import scenes
+from surgvqa.scan import ImageFacts, alike, near, scan
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 
@@ -246,6 +247,10 @@ def test_near_is_what_comparing_every_pair_finds() -> None:
     assert all((queries[a] ^ others[b]).bit_count() == bits for a, b, bits in found)
     assert len(found) > 30
     assert near([], texts[1], 4) == near(texts[0], [], 4) == []
+    several = near(*texts, within=20, most=3)
+    for query in range(len(queries)):
+        bits = sorted((queries[query] ^ other).bit_count() for other in others)
+        assert [found for a, _, found in several if a == query] == [each for each in bits[:3] if each <= 20]
 
 
 def test_hashes_stay_near_when_a_picture_is_saved_again(tmp_path: Path) -> None:
@@ -270,6 +275,87 @@ def test_hashes_stay_near_when_a_picture_is_saved_again(tmp_path: Path) -> None:
     }.items():
         pair = [found["same.png"].phash or "", found[name].phash or ""]
         assert bool(near(pair[:1], pair[1:], 4)) == is_near, name
+
+
+def copies_of(picture: Image.Image) -> dict[str, Image.Image]:
+    """A picture saved again: worse, smaller, brighter, darker, and all of that."""
+
+    def worse(image: Image.Image) -> Image.Image:
+        stream = BytesIO()
+        image.save(stream, "JPEG", quality=30)
+        return Image.open(stream)
+
+    half = picture.resize((picture.width // 2, picture.height // 2))
+    return {
+        "worse": worse(picture),
+        "half": half,
+        "bright": ImageEnhance.Brightness(picture).enhance(1.1),
+        "dark": ImageEnhance.Brightness(picture).enhance(0.9),
+        "bright and worse": worse(ImageEnhance.Brightness(half).enhance(1.1)),
+        "dark and worse": worse(ImageEnhance.Brightness(half).enhance(0.9)),
+    }
+
+
+def kept(image: Image.Image, name: str) -> ImageRef:
+    stream = BytesIO()
+    image.save(stream, "PNG")
+    return ImageRef(name, data=stream.getvalue())
+
+
+def same(pairs: list[tuple[ImageRef, ImageRef]]) -> list[bool | None]:
+    return alike(pairs, scan([ref for pair in pairs for ref in pair]).found)
+
+
+def test_copies_of_scenes_are_alike_and_other_scenes_are_not() -> None:
+    for index in (3, 12):
+        scene = scenes.sample_scene(7, index)
+        picture = scenes.render(scene)
+        copies = copies_of(picture)
+        found = same([(kept(picture, "picture"), kept(image, name)) for name, image in copies.items()])
+        assert dict(zip(copies, found, strict=True)) == dict.fromkeys(copies, True)
+        # A small thing that moved, in front of the same mucosa.
+        moved = picture.copy()
+        moved.paste(picture.crop((90, 90, 130, 130)).resize((40, 40)).rotate(180), (150, 120))
+        others = [scenes.render(scenes.sample_scene(7, index + 1)), moved]
+        assert same([(kept(picture, "picture"), kept(other, str(n))) for n, other in enumerate(others)]) == [
+            False,
+            False,
+        ]
+
+
+def test_frames_of_a_video_are_no_copies_but_saved_again_they_are(shared: Path) -> None:
+    frames = sorted((shared / "surgvu25/data/testdata/SURGVU25/case126").glob("*.jpg"))
+    refs = [ImageRef(frame.name, path=frame) for frame in frames]
+    facts = scan(refs).found
+    texts = [facts[ref.key].phash or "" for ref in refs]
+    hits = [(a, b) for a, b, _ in near(texts, texts, 4, 99) if a < b]
+    assert len(hits) > 20  # by their hashes
+    assert alike([(refs[a], refs[b]) for a, b in hits], facts) == [False] * len(hits)
+    with Image.open(frames[0]) as picture:
+        pairs = [(kept(picture, "0"), kept(image, name)) for name, image in copies_of(picture).items()]
+    assert same(pairs) == [True] * 6
+
+
+def test_few_pictures_are_compared_at_a_time_and_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a video with thousands of frames alike."""
+    monkeypatch.setenv("SURGVQA_CACHE", str(tmp_path / "cache"))
+    refs = []
+    for number in range(6):
+        file = tmp_path / f"{number}.png"
+        noise_image(90, 60, 1).resize((90 - number, 60)).save(file)
+        os.utime(file, (1, 1))
+        refs.append(ImageRef(file.name, path=file))
+    monkeypatch.setattr(scanning, "_SETTLED_NS", 0)
+    facts, made = scan(refs).found, []
+    real = scanning._thumbnail
+    monkeypatch.setattr(scanning, "_thumbnail", lambda ref: (made.append(ref.key), real(ref))[1])
+    pairs = [(refs[0], other) for other in refs[1:]]
+    assert alike(pairs, facts, most=3) == [True, True, None, None, None]
+    assert alike(pairs, facts, most=3) == [True] * 5
+    assert alike(pairs, scan(refs).found, most=0) == [True] * 5
+    assert sorted(made) == [ref.key for ref in refs]
 
 
 def test_images_of_one_cell_are_remembered_apart(tmp_path: Path) -> None:

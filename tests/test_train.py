@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import math
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -22,14 +23,15 @@ from safetensors import safe_open
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from surgvqa import checkpoint, evaluation, flops, hub, model, recipe, scores, terminal, train, tree
+from surgvqa import checkpoint, datasets, evaluation, flops, hub, model, recipe, scores, terminal, train, tree
+from surgvqa.banner import example
 from surgvqa.endings import StorageFailure
 from surgvqa.memory import Fit
 from surgvqa.plan import trees_of
 from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput, Log
 from surgvqa.replay import replay
-from surgvqa.run import Records, resumable
+from surgvqa.run import Records, _clock, resumable
 from surgvqa.show import show
 from surgvqa.sources import opened
 
@@ -145,6 +147,49 @@ def test_the_banner_tells_adapters_canvas_and_class_weights(
     assert "effective class weights" in said
     assert "vision " in said
     assert "frozen" in said
+
+
+@pytest.mark.parametrize("family", ["tiny-qwen2-vl", "tiny-qwen3-vl"])
+def test_the_start_prints_what_is_learned_before_the_model_loads(
+    settings: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    def loads(*given: Any) -> None:
+        raise BadInput("the model loads")
+
+    monkeypatch.setattr(Prepared, "network", loads)
+    asked = settings(f"model.name={family}", "image.size=100", 'prompt.system="Be \\e[2J brief."')
+    with pytest.raises(BadInput, match="the model loads"):
+        train.train(asked)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    at = next(number for number, line in enumerate(lines) if line.startswith("example  "))
+    given, supervised, ignored = (line.split(maxsplit=1) for line in lines[at + 1 : at + 4])
+    first = datasets.load(asked.data).part("train")[0]
+    assert lines[at].endswith(f"the first question of train, at {first.place}")
+    assert given == [
+        "given",
+        r"<|im_start|>system\nBe \x1b[2J brief.<|im_end|>\n<|im_start|>user\n"
+        rf"<|vision_start|><|image_pad|>×9<|vision_end|>{first.question}<|im_end|>\n<|im_start|>assistant\n",
+    ]
+    assert supervised == ["supervised", f"{first.answers[0]}<|im_end|>"]
+    assert ignored == ["ignored", r"\n"]
+
+
+def test_a_long_example_is_shortened(settings: Any) -> None:
+    prepared = prepare(settings("prompt.system=" + "word " * 1000))
+    (given,) = [line for line in example(prepared.questions("train")) if line.strip().startswith("given")]
+    assert len(given) < 700
+    assert re.search(r" … 4,\d{3} characters … .*assistant\\n$", given)
+
+
+def test_step_lines_tell_the_time(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    train.train(settings("train.max_steps=2", "eval.final=null"))
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("step ") and "/2" in line
+    ]
+    assert len(lines) == 2
+    assert all(re.search(r" tokens/s  \d+:\d\d:\d\d elapsed, \d+:\d\d:\d\d to go$", line) for line in lines)
+    assert lines[-1].endswith(" elapsed, 0:00:00 to go")
+    assert [_clock(seconds) for seconds in (0.4, 61, 360_000)] == ["0:00:00", "0:01:01", "100:00:00"]
 
 
 def test_the_best_checkpoint_is_kept_and_answers_at_the_end(

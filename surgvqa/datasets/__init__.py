@@ -108,6 +108,12 @@ class Region:
     """Whether `box` runs from 0 to 1 instead of over pixels."""
     of: tuple[int, int] | None = None
     """Width and height of the image whose pixels these are, where the corpus says so."""
+    bare: bool = False
+    """Written as `[x1, y1, x2, y2]` alone, inside JSON of the data's own."""
+    undecided: str = ""
+    """The recipe key that must say whether `box` is in pixels or thousandths, as long as nothing else did."""
+    notation: str = ""
+    """How the text wrote it that it was read from; "" where it comes from a column or an annotation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,10 @@ class Example:
     """Boxes that are part of the answer."""
     asked_regions: tuple[Region, ...] = ()
     """Boxes that the question is about."""
+    layout: str = ""
+    """`answers[0]` with `<box>` at the place of each of `regions`; "" where they follow the words."""
+    doubtful: str = ""
+    """Four numbers in brackets in its texts that may be a box and were not read as one."""
     context: tuple[tuple[Example, str], ...] = ()
     """Earlier questions about the images and their answers, which the model reads ahead of the question."""
 
@@ -335,4 +345,11 @@ def _numbered(example: Example, number: int) -> Example:
     # Two slashes are in no path, so no image of the first data set has such a key.
     images = tuple(replace(image, key=f"{number}//{image.key}") for image in example.images)
     renamed = replace(example, id=f"{number}/{example.id}", images=images)
+    if any(region.undecided for region in (*example.regions, *example.asked_regions)):
+        key = f"data.more.{number - 1}.boxes"
+        regions, asked = (
+            tuple(replace(each, undecided=key) if each.undecided else each for each in boxes)
+            for boxes in (example.regions, example.asked_regions)
+        )
+        renamed = replace(renamed, regions=regions, asked_regions=asked)
     return replace(renamed, group=renamed.image_key) if example.group == example.image_key else renamed

@@ -7,10 +7,17 @@
 
 Each question with the answer that follows it is one Example; those of a row share its images. What came
 before in a conversation is not shown with a later question, and a warning counts such questions.
+
+Boxes in texts are read by surgvqa.datasets.boxes, those of ms-swift's `objects` in place of their marks:
+
+    messages    {..., "messages": [{"role": "user", "content": "<image>Where is the <ref-object>?"},
+                                   {"role": "assistant", "content": "<bbox>"}],
+                 "objects": {"ref": ["polyp"], "bbox": [[320, 180, 960, 540]]}}
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from surgvqa.datasets import Example, ImageRef, Problem, Region, tables
+from surgvqa.datasets import Example, ImageRef, Problem, boxes, tables
 from surgvqa.datasets.files import Row, as_text, kind_of, rows_of
 from surgvqa.datasets.images import Images
 from surgvqa.recipe import Source
@@ -28,17 +35,16 @@ _ROLES = {
     "system": "system",
 }  # fmt: skip
 
-_OPTIONAL = ("id", "question_type", "group", "split", "stage", "main_tag", "sub_tag", "system")
+_OPTIONAL = ("id", "question_type", "group", "split", "stage", "main_tag", "sub_tag", "system", "objects")
 
 _PLACEHOLDER = re.compile(r"<image>|<ImageHere>|<video>")
 """Where an image goes in a text; here all images of a row come before its questions."""
 
-_SHARE = r"(?:0(?:\.\d{0,9})?|\.\d{1,9}|1(?:\.0{0,9})?)"
-_BOX = re.compile(
-    rf"(?:(?P<label>\w[\w-]{{0,99}})|(?P<blank> ?))"
-    rf"\[ ?({_SHARE}), ?({_SHARE}), ?({_SHARE}), ?({_SHARE}) ?\]"
-)
-"""`Knife[0.71, 0.44, 0.89, 0.77]`, as CoPESD writes boxes, or a box without label."""
+_OBJECT_MARK = re.compile(r"(?P<named><ref-object>\s?<bbox>)|<ref-object>|(?P<key>[\"']\s?:\s?\[?\s?)?<bbox>")
+"""Where the names and boxes of a row's `objects` go; behind a key of JSON a box is its numbers alone."""
+
+_UNITS = {"real": "pixels", "norm1": "share", "norm1000": "thousand"}
+"""ms-swift's `bbox_type` → the unit that it stands for."""
 
 
 @dataclass
@@ -114,6 +120,7 @@ def _examples(
     if own := fields.optional("system"):  # ShareGPT has it beside the conversation
         system = f"{own}\n{system}".strip()
     said = [(role, text) for role, text in turns if role != "system"]
+    said, unit = _with_objects(said, fields, source.boxes, len(refs))
     pairs = _pairs(said, fields, names[1])
     marks = sum(len(_PLACEHOLDER.findall(text)) for _, text in said)
     if marks not in (0, len(refs)) and not fields.wrong and not any("<video>" in text for _, text in said):
@@ -125,32 +132,24 @@ def _examples(
     for number, (asked, answer) in enumerate(pairs, start=1):
         question, within = _bare(asked)
         inside += within
-        asked_regions: tuple[Region, ...] = ()
-        regions: tuple[Region, ...] = ()
         if not question or not answer:
             fields.fault(names[1], f"have no {'answer' if question else 'text'} in question {number}")
             continue
-        if source.variant != "text" and len(refs) == 1:
-            try:
-                question, asked_regions = _boxes(question, "<box>")
-                answer, regions = _boxes(answer, "")
-            except ValueError as error:
-                fields.fault(names[1], f"have in question {number} the box {error}")
-        found.append(
-            Example(
-                id=name if len(pairs) == 1 else f"{name}:{number}",
-                images=refs,
-                question=f"{system}\n{question}" if system else question,
-                answers=(answer,),
-                question_type=kind,
-                group=group,
-                split=part,
-                stage=stage,
-                place=row.place,
-                regions=regions,
-                asked_regions=asked_regions,
-            )
+        example = Example(
+            id=name if len(pairs) == 1 else f"{name}:{number}",
+            images=refs,
+            question=f"{system}\n{question}" if system else question,
+            answers=(answer,),
+            question_type=kind,
+            group=group,
+            split=part,
+            stage=stage,
+            place=row.place,
         )
+        try:
+            found.append(boxes.read(example, source.variant, unit))
+        except ValueError as error:
+            fields.fault(names[1], f"have in question {number} the box {error}")
     if fields.wrong:
         yield from (Problem(row.place, what) for what in fields.wrong)
         return
@@ -253,24 +252,99 @@ def _bare(text: str) -> tuple[str, bool]:
     return "\n".join(lines).strip(), sum(bool(part.strip()) for part in parts) > 1
 
 
-def _boxes(text: str, mark: str) -> tuple[str, tuple[Region, ...]]:
-    """A text with `mark` for each box and its label, or without the box alone, and the boxes.
+def _with_objects(
+    turns: list[tuple[str, str]], fields: tables.Fields, unit: str, images: int
+) -> tuple[list[tuple[str, str]], str]:
+    """Return the messages with ms-swift's `objects` written at their marks, and the unit of their boxes.
 
-    Raises ValueError with a box that is none and why, to be put after "the box".
+    Names and boxes are taken in order, over all messages of the row. A box right behind a name has it as its
+    label, and so has an answer of boxes alone. `unit` is the recipe's and holds where the row gives none.
     """
-    regions = []
-    for found in _BOX.finditer(text):
-        box = found[0].removeprefix(found["label"] or found["blank"])
+    objects = fields["objects"]
+    marks = [mark for _, text in turns for mark in ("<ref-object>", "<bbox>") if mark in text]
+    if objects is None:
+        if marks:
+            fields.fault(
+                "objects", f"is missing, but the messages have {marks[0]}, for which it has the text"
+            )
+        return turns, unit
+    try:
+        names, numbers, unit = _objects(objects, unit, images)
+    except ValueError as error:
+        fields.fault("objects", str(error))
+        return turns, unit
+    wanted = {"bbox": sum(text.count("<bbox>") for _, text in turns)}
+    wanted |= {"ref": sum(text.count("<ref-object>") for _, text in turns)}
+    for key, given in (("bbox", numbers), ("ref", names)):
+        # One name may be that of all boxes without being in the text.
+        if len(given) != wanted[key] and not (
+            key == "ref" and not wanted[key] and len(given) in (1, len(numbers))
+        ):
+            mark = "<bbox>" if key == "bbox" else "<ref-object>"
+            fields.fault("objects", f"has {len(given)} {key}, but the messages have {wanted[key]} {mark}")
+            return turns, unit
+    of_box = (
+        names
+        if len(names) == len(numbers)
+        else names * len(numbers)
+        if len(names) == 1
+        else [""] * len(numbers)
+    )
+    named, boxed = iter(names), iter(zip(of_box, numbers, strict=True))
+
+    def written(text: str) -> str:
+        alone = not text.replace("<bbox>", "").strip(" \n,;")
+
+        def one(mark: re.Match[str]) -> str:
+            if mark[0] == "<ref-object>":
+                return next(named)
+            label, (box, where) = next(boxed)
+            if mark["key"]:
+                return f"{mark['key']}{box}"
+            label = next(named) if mark["named"] else label if alone else ""
+            return f"{where}<ref>{label}</ref><box>{box}</box>" if label else f"{where}<box>{box}</box>"
+
+        return _OBJECT_MARK.sub(one, text)
+
+    return [(role, written(text)) for role, text in turns], unit
+
+
+def _objects(value: object, unit: str, images: int) -> tuple[list[str], list[tuple[str, str]], str]:
+    """Return the names, each box as `[x1, y1, x2, y2]` with the picture it is in, and the unit.
+
+    Raises ValueError, to be put after "objects".
+    """
+    if isinstance(value, str):
         try:
-            region = tables.region([float(number) for number in found.groups()[2:]])
-        except ValueError as error:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"is {kind_of(value)}; it must be an object with ref and bbox")
+    names, numbers, kind = value.get("ref") or [], value.get("bbox") or [], value.get("bbox_type")
+    if not isinstance(names, list) or not isinstance(numbers, list):
+        raise ValueError("must have a list as ref and as bbox")
+    if kind is not None and kind not in _UNITS:
+        raise ValueError(f"has the bbox_type {kind!r}; known are {', '.join(_UNITS)}")
+    places = value.get("image_id") or [0] * len(numbers)
+    if not isinstance(places, list) or len(places) != len(numbers):
+        raise ValueError("must have one image_id for each bbox")
+    made = []
+    for box, place in zip(numbers, places, strict=True):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(tables.is_coordinate, box)):
             raise ValueError(
-                f"{box}, which {error}; if it is x, y, width and height, make it corners; data.variant: text "
-                "leaves boxes as they are"
-            ) from None
-        regions.append(Region(region.box, found["label"] or "", relative=True))
-    bare = _BOX.sub(lambda found: (found["blank"] or "") + mark if mark else found["label"] or "", text)
-    return bare.strip(), tuple(regions)
+                f"has {json.dumps(box, default=str)[:80]} in bbox, which is no box; it must be four numbers, "
+                "[x1, y1, x2, y2], since points cannot be moved with the canvas"
+            )
+        if type(place) is not int or not 0 <= place < max(images, 1):
+            raise ValueError(f"has the image_id {place!r}, but the row has {images} images, counted from 0")
+        text = ", ".join(f"{edge:.12f}".rstrip("0").rstrip(".") for edge in box)
+        made.append((f"[{text}]", f"Picture {place + 1}: " if images > 1 else ""))
+    return (
+        [as_text(name) for name in names],
+        made,
+        _UNITS[kind] if kind else "pixels" if unit == "auto" else unit,
+    )
 
 
 class _Elsewhere:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgvqa.datasets import Example, ImageRef, Problem, Region
+from surgvqa.datasets import Example, ImageRef, Problem, Region, boxes
 from surgvqa.datasets.files import (
     SUFFIXES,
     Row,
@@ -71,7 +71,12 @@ def examples(
         if not row.fields.keys() <= seen.keys():
             seen.update(dict.fromkeys(row.fields))
         fields = Fields(row.fields, source.columns)
-        example = fields.example(row, stem, part, images, source.group_pattern)
+        example = fields.example(row, stem, part, images, source.group_pattern, source.boxes)
+        if source.format != "hub" and not fields.wrong:  # whose variant is a subset
+            try:
+                example = boxes.read(example, source.variant, source.boxes, default="text")
+            except ValueError as error:
+                fields.wrong.append(f"its text has the box {error}")
         if fields.wrong:
             yield from (Problem(row.place, what) for what in fields.wrong)
         else:
@@ -137,9 +142,15 @@ class Fields:
         return self._fields.get(name)
 
     def example(
-        self, row: Row, stem: str, part: Part | None, images: Images, pattern: str | None = None
+        self,
+        row: Row,
+        stem: str,
+        part: Part | None,
+        images: Images,
+        pattern: str | None = None,
+        unit: str = "auto",
     ) -> Example:
-        """The row as an example; of no use when `wrong` is not empty afterwards."""
+        """The row as an example; of no use when `wrong` is not empty afterwards. `unit` is `data.boxes`."""
         refs = self.images("image", images)
         return Example(
             id=self.optional("id") or f"{stem}:{row.number}",
@@ -151,8 +162,8 @@ class Fields:
             split=self.split(part),
             stage=self.stage(),
             place=row.place,
-            regions=self._regions(("box", "boxes"), len(refs)),
-            asked_regions=self._regions(("asked_box", "asked_boxes"), len(refs)),
+            regions=self._regions(("box", "boxes"), len(refs), unit),
+            asked_regions=self._regions(("asked_box", "asked_boxes"), len(refs), unit),
         )
 
     def fault(self, name: str, what: str) -> None:
@@ -255,7 +266,7 @@ class Fields:
             return None
         return int(text)
 
-    def _regions(self, names: tuple[str, str], images: int) -> tuple[Region, ...]:
+    def _regions(self, names: tuple[str, str], images: int, unit: str) -> tuple[Region, ...]:
         """The boxes of the first of the two columns, which has one, and of the second, which has a list."""
         one, many = self._boxes(names[0]), self._boxes(names[1])
         if one is None and many is None:
@@ -270,7 +281,7 @@ class Fields:
         regions = []
         for box in value:
             try:
-                regions.append(region(box, images))
+                regions.append(region(box, images, unit))
             except ValueError as error:
                 self.fault(name, f"{json.dumps(box, default=str)[:80]} {error}")
         return tuple(regions)
@@ -292,11 +303,11 @@ class Fields:
         return found
 
 
-def region(value: object, images: int = 1) -> Region:
+def region(value: object, images: int = 1, unit: str = "auto") -> Region:
     """`[x1, y1, x2, y2]`, or an object with that as `box` and maybe `label` and `image`, as a Region.
 
-    Four numbers from 0 to 1 are shares of the image's sides, others are pixels. Raises ValueError with what
-    is wrong, to be put after the box; `images` is how many the example has.
+    With the `unit` auto four numbers from 0 to 1 are shares of the image's sides, others are pixels. Raises
+    ValueError with what is wrong, to be put after the box; `images` is how many the example has.
     """
     extra = value if isinstance(value, dict) else {"box": value}
     if unknown := sorted(map(str, extra.keys() - {"box", "label", "image"})):
@@ -307,13 +318,7 @@ def region(value: object, images: int = 1) -> Region:
     image = 0 if image is None else image
     if type(image) is not int or not 0 <= image < max(images, 1):
         raise ValueError(f"is in image {image!r}, but the row has {images}, counted from 0")
-    x1, y1, x2, y2 = map(float, numbers)
-    box = (x1, y1, x2, y2)
-    if min(box) < 0 or x1 >= x2 or y1 >= y2:
-        raise ValueError("must have its second corner right of and below its first, and none below 0")
-    relative = max(box) <= 1
-    if not relative and max(box) < 2:
-        raise ValueError("is neither in pixels nor in shares from 0 to 1")
+    box, relative = boxes.measured(numbers, unit)
     return Region(box, as_text(extra.get("label")), image, relative)
 
 

@@ -70,12 +70,13 @@ class Bucket(_Values):
     groups: int
     absent: dict[str, str] = {}
     boxes: int = 0
+    cut: int = 0
     reliability: list[_Bin] = []
     legacy: _Values | None = None
 
     @property
     def marks(self) -> str:
-        return scores.marks(self.few, self.few_groups)
+        return scores.marks(self.few, self.few_groups, self.cut)
 
 
 class Group(_Known):

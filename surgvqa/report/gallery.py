@@ -264,7 +264,7 @@ class _Table:
         self.images: dict[str, int] = {}
         self.frames: list[list[Any]] = []
         self.columns: dict[str, list[Any]] = {key: [] for key in ("id", "q", "t", "g", "r", "k")}
-        self.runs: list[dict[str, list[Any]]] = [{"a": [], "ok": [], "p": []} for _ in names]
+        self.runs: list[dict[str, list[Any]]] = [{"a": [], "ok": [], "p": [], "cut": []} for _ in names]
         self.boxes: dict[int, list[list[int]]] = {}
 
     def add(self, row: Row) -> None:
@@ -282,6 +282,7 @@ class _Table:
         for run, each in zip(self.runs, row, strict=True):
             run["a"].append(self._text(each.answer) if each else -1)
             run["ok"].append(int(each.right) if each else -1)
+            run["cut"] += [number] if each and each.cut else []
             odds = sorted((each.probabilities or {}).items(), key=lambda pair: -pair[1]) if each else []
             run["p"].append([[self._text(key), round(1000 * p)] for key, p in odds[:_LIKELY]] or 0)
         if boxes := list(self._boxes(one, row)):
@@ -319,7 +320,7 @@ class _Table:
                 continue
             if example is not None and example.image_key == one.image:
                 for region in example.asked_regions:
-                    if region.image == place:
+                    if region.image == place and not region.undecided:  # its unit is for the audit to find
                         box = grounding.source_pixels(region, canvas.source_size).box
                         every.append((ASKED, canvas.to_canvas(box), region.label))
             told = [(EXPECTED, one.reference_regions)]

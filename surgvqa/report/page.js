@@ -146,7 +146,8 @@
       runs.forEach((run, number) => {
         if (run.a[row] < 0) return;
         const ok = run.ok[row] === 1;
-        told(several ? data.names[number] : "answer", (ok ? "✓ " : "✗ ") + (texts[run.a[row]] || "(nothing)"), ok ? "ok" : "no");
+        const said = (ok ? "✓ " : "✗ ") + (texts[run.a[row]] || "(nothing)") + (run.cut.includes(row) ? " ‡ cut" : "");
+        told(several ? data.names[number] : "answer", said, ok ? "ok" : "no");
       });
       words.append(pair);
       runs.forEach((run, number) => { if (run.p[row]) words.append(odds(run.p[row], number)); });

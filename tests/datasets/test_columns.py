@@ -96,7 +96,9 @@ def test_a_mapped_column_that_is_not_there(folder: Path, format: str) -> None:
         ("format: hub, path: a/b, group_pattern: abc", "data.group_pattern: 'abc' has no parentheses"),
         ("format: hub, path: a/b, group_pattern: (", "data.group_pattern: '(' is no regular expression"),
         ("format: surgvu25, path: a, group_pattern: (a)", "data.group_pattern: format surgvu25 has groups"),
-        ("format: csv, path: a.csv, variant: x", "data.variant: 'x' is none; csv has only one form"),
+        ("format: csv, path: a.csv, variant: x", "'x' is none; format csv has text, marked and boxes"),
+        ("format: coco, path: a, variant: x", "data.variant: 'x' is none; coco has only one form"),
+        ("format: coco, path: a, boxes: share", "data.boxes: format coco has boxes of a known unit"),
         ("format: kvasir_vqa_x1, path: a, variant: x", "'x' is none; format kvasir_vqa_x1 has"),
         ("format: csv, path: a.csv, frames: 3", "data.frames: is for real_colon_vqa and surgvu25"),
         (

@@ -213,10 +213,11 @@ def test_boxes_in_the_text(tmp_path: Path) -> None:
         {"conversations": said("What is in [0.1, .2, 0.30, 1.0]?", "It is in [0.179, 0.75, 0.398, 0.999].")},
         {"conversations": said("Is Knife[0.1, 0.2, 0.3, 0.4] idle?", "[1, 2, 3, 4], [0.5, 2, 3, 4]")},
     ]  # fmt: skip
-    dataset = llava(tmp_path, *rows)
+    dataset = llava(tmp_path, *rows, variant="boxes")
     assert dataset.problems == []
     first, second, third = dataset.examples
     assert first.answers == ("Direct the Forceps to the flap and the Knife.",)
+    assert first.layout == "Direct the <box> to the flap and the <box>."
     assert [(r.label, r.box, r.relative) for r in first.regions] == [
         ("Forceps", (0.14, 0.21, 0.47, 0.77), True),
         ("Knife", (0.71, 0.44, 0.89, 0.77), True),
@@ -229,6 +230,9 @@ def test_boxes_in_the_text(tmp_path: Path) -> None:
     assert (third.question, third.asked_regions[0].label) == ("Is <box> idle?", "Knife")
     assert third.answers == ("[1, 2, 3, 4], [0.5, 2, 3, 4]",)
     assert third.regions == ()
+    unsaid = llava(tmp_path, *rows).examples  # brackets are boxes where the recipe says so
+    assert [len(e.regions) + len(e.asked_regions) for e in unsaid] == [2, 0, 1]
+    assert [e.doubtful for e in unsaid] == ["", "[0.1, .2, 0.30, 1.0]", ""]
     as_text = llava(tmp_path, *rows, variant="text")
     assert as_text.examples[0].answers == (COPESD,)
     assert not any(e.regions or e.asked_regions for e in as_text.examples)

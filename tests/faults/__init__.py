@@ -29,5 +29,9 @@ CATALOGUE = {
     "F26": "what trains, how, on what",
     "F27": "a data worker killed",
     "F28": "foreign folders among checkpoints",
+    "F29": "weights that an update made absurd",
+    "F30": "an output stream that goes away",
+    "F31": "checkpoints that cannot be read",
     "F34": "asked to stop by a signal while it starts",
+    "F35": "values at the edge",
 }

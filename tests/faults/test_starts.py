@@ -1,4 +1,4 @@
-"""Signals while a run starts: they are heeded within seconds wherever each process is, and nothing is lost."""
+"""Signals while a run starts: heeded within seconds wherever each process is, and nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,0 +1,388 @@
+"""Boxes inside texts: find them, take them out as Regions, and keep their places.
+
+    "the Knife[0.7, 0.4, 0.9, 0.8] cuts" ── find ──▶ [Found] ── read ──▶ layout "the <box> cuts", one Region
+
+The same notations are read in the data's texts and in what models write: JSON objects with a key such as
+`bbox_2d`, `<ref>` and `<box>` tags or the special tokens of Qwen, a label with four numbers behind it, and,
+where the recipe says that they are boxes, four numbers in brackets. surgvqa.grounding writes the boxes back,
+moved with the canvas, in the notation of the model's family.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from surgvqa.datasets import Box, Example, Region
+
+MARK = "<box>"
+"""The place of a box in a question or in a layout."""
+
+READ = 100_000
+"""Characters in which boxes are looked for; what follows them stays text."""
+
+NUMBER = r"[-+]?(?:\d{1,9}(?:\.\d{0,30})?|\.\d{1,30})"
+
+_GAP = r"[\s,;()\[\]]{1,8}"
+_TAG_BOX = (
+    r"(?:<box>|<bbox>|<\|box_start\|>)"
+    rf"(?P<numbers>[\s\[(]{{0,8}}{NUMBER}(?:{_GAP}{NUMBER}){{3,}}[\s\])]{{0,8}})"
+    r"(?:</box>|</bbox>|<\|box_end\|>)"
+)
+_TAGGED = re.compile(
+    r"(?:(?:<ref>|<\|object_ref_start\|>)"
+    r"(?P<label>(?:(?!</ref>|<\|object_ref_end\|>)[\s\S]){0,200})"
+    rf"(?:</ref>|<\|object_ref_end\|>)\s{{0,4}})?{_TAG_BOX}"
+)
+_PICTURE = re.compile(r"Picture (\d{1,3}):\s{0,2}\Z")
+
+OBJECT = re.compile(r"""\{(?:[^{}"]+|"(?:[^"\\]+|\\.?)*(?:"|\Z))*\}?""", re.DOTALL)
+_BOX_KEYS = frozenset({"bbox_2d", "bbox", "bounding_box", "box"})
+_LABEL_KEYS = frozenset({"label", "name", "category", "class"})
+_KEY = re.compile(r"""["']?\b(?:bbox_2d|bbox|bounding_box|box)\b["']?\s{0,4}[:=]\s{0,4}(?=[\[(])""")
+_VALUE_END = re.compile(r"[^\s\d.,+\-\[\]()]")
+_LIST = re.compile(r"[\[(][^\[\]()]*[\])]")
+
+_COMMA = r"\s{0,2},\s{0,2}"
+_IN_BRACKETS = re.compile(
+    rf"(?P<label>\w[\w-]{{0,99}})?(?:\[\s{{0,2}}{_COMMA.join([NUMBER] * 4)}\s{{0,2}}\]"
+    rf"|\(\s{{0,2}}{_COMMA.join([NUMBER] * 4)}\s{{0,2}}\)"
+    rf"|\(\s{{0,2}}{NUMBER}{_COMMA}{NUMBER}\s{{0,2}}\){_COMMA}\(\s{{0,2}}{NUMBER}{_COMMA}{NUMBER}\s{{0,2}}\))"
+)
+
+_RESEMBLING = re.compile(
+    r"""(?:["']?\b(?:bbox_2d|box_2d|bbox|bounding_box|point_2d)\b["']?"""
+    r"""|["'](?:box|points?|polygon|segmentation|keypoints?)["'])"""
+    r"\s{0,4}[:=]\s{0,4}[\[(][\s\[(]{0,8}[-+.]?\d[\d.]{0,20}\s{0,2},[^\]\n]{0,60}"
+    r"|<(?:box|bbox|points?|poly|polygon|quad)>[\s\[(]{0,8}[-+.]?\d[^<\n]{0,60}"
+    r"|<points?\s+x\d{0,3}\s*=[^>\n]{0,60}"
+    r"|<bbox>|<ref-object>|<loc_?\d{1,4}>"
+    r"""|["'](?:x1|xmin|x_min)["']\s{0,4}:\s{0,4}[-+.]?\d"""
+    r"""|["']x["']\s{0,4}:\s{0,4}[-+.]?[\d.]{1,20},\s{0,4}["']y["']"""
+)
+"""Coordinates that a key or a tag marks as such, in a text from which boxes have been taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Boxes at one place of a text."""
+
+    start: int
+    end: int
+    boxes: tuple[Box, ...]
+    """As they are written: in whatever unit, corners unchecked."""
+    label: str = ""
+    image: int | None = None
+    """Which image, from 0, where the text says so."""
+    notation: str = "JSON"
+    bare: bool = False
+    """Only the numbers are taken, out of JSON that says more than box and label."""
+
+
+def find(text: str, *, images: int = 1, brackets: bool = False) -> list[Found]:
+    """Return all boxes in a text by their place; with `brackets` also four numbers without key, tag or label.
+
+    Takes time in proportion to the text's length.
+    """
+    if not any(mark in text for mark in "[(<"):
+        return []
+    head = text[:READ]
+    found = list(_tagged(head, images))
+    head = _without(head, found)
+    objects = list(_in_json(head, images))
+    found += objects
+    head = _without(head, objects)
+    for match in _IN_BRACKETS.finditer(head):
+        box = _edges(match[0].removeprefix(match["label"] or ""))
+        named = bool(match["label"]) and not match["label"].isdigit() and match[0][-1] == "]"
+        if _plausible(box, named) and (named or brackets):
+            start = match.start() if named else match.end("label") if match["label"] else match.start()
+            notation = "label in front" if named else "brackets"
+            found.append(Found(start, match.end(), (box,), match["label"] if named else "", None, notation))
+    return sorted(found, key=lambda one: one.start)
+
+
+def _without(text: str, found: Sequence[Found]) -> str:
+    """The text with NUL in place of what has been found, so that all places stay."""
+    pieces, at = [], 0
+    for one in found:
+        pieces += [text[at : one.start], "\0" * (one.end - one.start)]
+        at = one.end
+    return "".join([*pieces, text[at:]])
+
+
+def _edges(text: str) -> Box:
+    x1, y1, x2, y2 = (float(number) for number in re.findall(NUMBER, text)[:4])
+    return x1, y1, x2, y2
+
+
+def _plausible(box: Box, named: bool) -> bool:
+    """Tell whether four numbers in brackets can be a box: 1 to 9 are a list, unlabelled 0 and 1 too."""
+    return min(box) >= 0 and (max(box) >= 10 or (max(box) <= 1 and (named or any(e % 1 for e in box))))
+
+
+def _tagged(text: str, images: int) -> Iterator[Found]:
+    for match in _TAGGED.finditer(text):
+        numbers = [float(number) for number in re.findall(NUMBER, match["numbers"])]
+        if len(numbers) % 4:
+            continue
+        quads = tuple((a, b, c, d) for a, b, c, d in zip(*[iter(numbers)] * 4, strict=True))
+        start, image = match.start(), None
+        before = text[max(0, start - 16) : start]
+        if images > 1 and (picture := _PICTURE.search(before)):
+            start, image = start - len(picture[0]), int(picture[1]) - 1
+        yield Found(start, match.end(), quads, (match["label"] or "").strip(), image, "tags")
+
+
+def _in_json(text: str, images: int) -> Iterator[Found]:
+    """Objects that are nothing but a box with its label; of others the numbers of the box alone."""
+    whole: list[Found] = []
+    objects = [match.span() for match in OBJECT.finditer(text)]
+    number, at = 0, 0
+    for key in _KEY.finditer(text):
+        quads = list(_quads(text, key.end())) if key.start() >= at else []
+        if not quads:
+            continue
+        while number < len(objects) and objects[number][1] <= key.start():
+            number += 1
+        start, end = objects[number] if number < len(objects) else (len(text), 0)
+        said = _object(text[start:end]) if start <= key.start() else None
+        if said is not None and _says_no_more(said, images):
+            label = next((value for name, value in said.items() if name in _LABEL_KEYS), "")
+            image = said["image"] - 1 if "image" in said else None
+            boxes = tuple(box for _, _, box in quads)
+            whole.append(Found(start, end, boxes, label.strip(), image))
+            at = end
+        else:
+            yield from _in_runs(text, whole)
+            whole = []
+            yield from (Found(first, last, (box,), bare=True) for first, last, box in quads)
+            at = quads[-1][1]
+    yield from _in_runs(text, whole)
+
+
+def _quads(text: str, at: int) -> Iterator[tuple[int, int, Box]]:
+    """Start, end and numbers of each box in the list that begins at `at`; none where it is anything else."""
+    stop = _VALUE_END.search(text, at, at + 4000)
+    value = text[at : stop.start() if stop else at + 4000]
+    depth = 0
+    for place, mark in enumerate(value):
+        depth += (mark in "[(") - (mark in "])")
+        if not depth:
+            value = value[: place + 1]
+            break
+    else:
+        return
+    if len(re.findall(NUMBER, value)) == 4:
+        yield at, at + len(value), _edges(value)
+        return
+    lists = list(_LIST.finditer(value))
+    if lists and all(len(re.findall(NUMBER, one[0])) == 4 for one in lists):
+        yield from ((at + one.start(), at + one.end(), _edges(one[0])) for one in lists)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is, also in single quotation marks."""
+    for form in (text, text.replace("'", '"')):
+        try:
+            value = json.loads(form)
+        except (ValueError, RecursionError):
+            continue
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def _says_no_more(said: dict[str, Any], images: int) -> bool:
+    """Whether an object is a box with at most one label and, of several images, which it is in."""
+    labels = said.keys() & _LABEL_KEYS
+    more = said.keys() - _BOX_KEYS - labels
+    return (
+        len(said.keys() & _BOX_KEYS) == 1
+        and len(labels) <= 1
+        and all(isinstance(said[name], str) for name in labels)
+        and (not more or (more == {"image"} and images > 1 and type(said["image"]) is int))
+    )
+
+
+def _in_runs(text: str, found: Sequence[Found]) -> Iterator[Found]:
+    """Objects, the first and last of a list with its brackets and the code fence around it."""
+    run: list[Found] = []
+    for one in found:
+        if run and text[run[-1].end : one.start].strip() != ",":
+            yield from _unbracketed(text, run)
+            run = []
+        run.append(one)
+    if run:
+        yield from _unbracketed(text, run)
+
+
+def _unbracketed(text: str, run: list[Found]) -> Iterator[Found]:
+    start, end = run[0].start, run[-1].end
+    for opening, closing in ((r"\[\s{0,20}\Z", r"\s{0,20}\]"), (r"```(?:json)?\s{0,20}\Z", r"\s{0,20}```")):
+        before = re.search(opening, text[max(0, start - 27) : start])
+        after = re.compile(closing).match(text, end)
+        if before and after:
+            start, end = start - len(before[0]), after.end()
+    run[0] = replace(run[0], start=start)
+    run[-1] = replace(run[-1], end=end)
+    yield from run
+
+
+def layout_of(text: str, found: Sequence[Found]) -> str:
+    """The text with a mark in place of every box."""
+    pieces, at = [], 0
+    for one in found:
+        pieces += [text[at : one.start], ", ".join([MARK] * len(one.boxes))]
+        at = one.end
+    return "".join([*pieces, text[at:]]).strip()
+
+
+def without_boxes(layout: str, regions: Sequence[Region]) -> str:
+    """The words of a layout: labels in place of their boxes, and `[]` for numbers in JSON."""
+    text, *rest = layout.split(MARK)
+    for region, following in zip(regions, rest, strict=True):
+        word = "[]" if region.bare else region.label
+        text = (text if word else text.removesuffix(" ").removesuffix(",")) + word + following
+    return text.strip()
+
+
+def stands_first(layout: str, regions: Sequence[Region]) -> str | None:
+    """The words of a layout whose boxes all come after them; None where boxes stand among the words.
+
+    So grounded answers are written anyway, see `grounding.write_answer`.
+    """
+    if any(region.bare for region in regions):
+        return None
+    before, _, after = layout.partition(MARK)
+    if after.replace(MARK, "").strip(" \n,;."):
+        return None
+    if not before.strip():
+        return ""
+    return before.strip() if before.rstrip(" ")[-1:] == "\n" and all(r.label for r in regions) else None
+
+
+def measured(edges: Sequence[float], unit: str) -> tuple[Box, bool]:
+    """Four numbers as a box, and whether it is in shares of the image's sides; else it is in pixels.
+
+    `unit` is the recipe's `data.boxes`; thousandths become shares. With `auto` numbers up to 1 are shares.
+    Raises ValueError with what is wrong, to be put after the box.
+    """
+    x1, y1, x2, y2 = box = (float(edges[0]), float(edges[1]), float(edges[2]), float(edges[3]))
+    if min(box) < 0 or x1 >= x2 or y1 >= y2:
+        raise ValueError("must have its second corner right of and below its first, and none below 0")
+    most = max(box)
+    if unit == "share" and most > 1:
+        raise ValueError("is not in shares from 0 to 1, which data.boxes says")
+    if unit in ("pixels", "thousand") and most <= 1:
+        raise ValueError(f"seems to be in shares from 0 to 1, but data.boxes says {unit}")
+    if most <= 1:
+        return box, True
+    if unit == "thousand":
+        if most > 1000:
+            raise ValueError("is not from 0 to 1000, which data.boxes says")
+        return (x1 / 1000, y1 / 1000, x2 / 1000, y2 / 1000), True
+    if most < 2:
+        raise ValueError("is neither in pixels nor in shares from 0 to 1")
+    return box, False
+
+
+_UNDECIDED = "data.boxes"
+
+
+def _regions(found: Sequence[Found], unit: str) -> tuple[Region, ...]:
+    """The found boxes as Regions; the first at each place has its label. Raises ValueError."""
+    regions = []
+    for one in found:
+        for number, edges in enumerate(one.boxes):
+            try:
+                box, relative = measured(edges, unit)
+            except ValueError as error:
+                shown = ", ".join(f"{edge:g}" for edge in edges)
+                raise ValueError(
+                    f"[{shown}], which {error}; if it is x, y, width and height, make it corners; "
+                    "data.variant: text leaves boxes as they are"
+                ) from None
+            undecided = "" if relative or unit != "auto" else _UNDECIDED
+            label = one.label if number == 0 else ""
+            regions.append(
+                Region(box, label, one.image or 0, relative, None, one.bare, undecided, one.notation)
+            )
+    return tuple(regions)
+
+
+def read(example: Example, variant: str | None, unit: str, default: str = "marked") -> Example:
+    """Return the example with the boxes of its question and its first answer as Regions, each in its place.
+
+    `variant` is `marked`, `boxes` (four numbers in brackets are boxes too), `text` (nothing is read) or None,
+    which is the `default` but notes brackets of which the recipe says nothing. A question or answer that has
+    boxes from columns is left. Of several images each box must say which it is in, or the text stays as
+    it is.
+    Raises ValueError with a box that is wrong, to be put after "the box".
+    """
+    images = len(example.images)
+    several = images > 1
+    chosen = variant or default
+
+    def found_in(text: str) -> list[Found]:
+        found = find(text, images=images, brackets=chosen == "boxes")
+        if several and not all(one.image is not None and 0 <= one.image < images for one in found):
+            return []
+        if found and MARK in _without(text[:READ], found):
+            raise ValueError(f"{MARK}, which has no numbers, beside boxes that have some")
+        return found
+
+    made = example
+    if chosen != "text":
+        if not example.asked_regions and (found := found_in(example.question)):
+            question = layout_of(example.question, found)
+            made = replace(made, question=question, asked_regions=_regions(found, unit))
+        if not example.regions and (found := found_in(example.answers[0])):
+            made = _answered(made, found, unit)
+    unsaid = variant is None or (variant == "boxes" and several)
+    if unsaid and (bracket := next(filter(None, map(in_brackets, (made.question, *made.answers))), "")):
+        made = replace(made, doubtful=bracket)
+    return made
+
+
+def _answered(example: Example, found: Sequence[Found], unit: str) -> Example:
+    """The example with the boxes of its answer: in their places, or as boxes that follow the words."""
+    text, regions = layout_of(example.answers[0], found), _regions(found, unit)
+    named = iter(regions)
+    following = tuple(
+        replace(next(named), label=one.label) for one in found for _ in one.boxes
+    )  # all of them, where labels are not words of a sentence
+    words = stands_first(text, following)
+    if words is None:
+        return replace(
+            example,
+            answers=(without_boxes(text, regions), *example.answers[1:]),
+            regions=regions,
+            layout=text,
+        )
+    labels = "; ".join(dict.fromkeys(region.label for region in following if region.label))
+    return replace(example, answers=(words or labels, *example.answers[1:]), regions=following)
+
+
+def resembling(text: str) -> str:
+    """The first coordinates that a key or a tag marks in a text, boxes or points; "" where there are none."""
+    if "<" not in text and "[" not in text and "(" not in text and ":" not in text:
+        return ""
+    found = _RESEMBLING.search(text[:READ])
+    if found:
+        return found[0].strip()
+    named = next((one for one in find(text) if not one.bare), None)
+    return text[named.start : named.end] if named else ""
+
+
+def in_brackets(text: str) -> str:
+    """The first four numbers in brackets that could be corners of a box; "" where there are none."""
+    if "[" not in text and "(" not in text:
+        return ""
+    for one in find(text, brackets=True):
+        x1, y1, x2, y2 = one.boxes[0]
+        if one.notation == "brackets" and x1 < x2 and y1 < y2:
+            return text[one.start : one.end]
+    return ""

@@ -284,7 +284,11 @@ def _start_table(rows: Sequence[Mapping[str, Any]]) -> str:
         if "cpu_seconds" in row
     ]
     if signals := [row for row in rows if "signal_after" in row]:
-        lines += ["", "| SIGTERM | Code | Seconds until no process is left | Load before |", "|---|---|--:|--:|"]
+        lines += [
+            "",
+            "| SIGTERM | Code | Seconds until no process is left | Load before |",
+            "|---|---|--:|--:|",
+        ]
         lines += [
             f"| {row['what'].partition(' to ')[0]}{row['what'].partition('1')[2]}, after "
             f"{row['signal_after']:.0f} s | {row['code']} | {row['seconds']:.1f} | {row['load']:.1f} |"

@@ -72,7 +72,7 @@ def make(folder: Path, images: int, questions: int) -> None:
         coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=80)
         (folder / f"images/{number:05}.jpg").write_bytes(buffer.getvalue())
     rng = random.Random(0)
-    splits = ("train",) * 8 + ("val", "test")
+    splits, per_video = ("train",) * 8 + ("val", "test"), max(1, images // 50)
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
         for number in range(questions):
             image, text = number % images, rng.randrange(QUESTIONS)
@@ -82,9 +82,9 @@ def make(folder: Path, images: int, questions: int) -> None:
                 "question": f"Which instrument is in region {text} of the frame?",
                 "answer": f"instrument {(text + rng.randrange(ANSWERS)) % 40}",
                 "question_type": f"type {text % TYPES}",
-                "group": f"video {image // 500}",
+                "group": f"video {image // per_video}",
                 # A whole group is in one split, or every check of it would say so.
-                "split": splits[image // 500 % len(splits)],
+                "split": splits[image // per_video % len(splits)],
             }
             file.write(json.dumps(row) + "\n")
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
@@ -150,7 +150,7 @@ class Command:
             self._measure()
             if until and until in self.log.read_text(encoding="utf-8", errors="replace"):
                 break
-            time.sleep(0.1)
+            time.sleep(0.25)
         self.usage.seconds = time.perf_counter() - self.began
         return self.usage
 
@@ -196,7 +196,7 @@ def commands(data: Path, output: Path) -> dict[str, list[str]]:
         "check": [*surgvqa, "check", *words, "--out", str(output / "audit")],
         "train to step 1, 1 process": [sys.executable, "-m", "surgvqa.train", *training],
         "train to step 1, 2 processes": [*torchrun, "-m", "surgvqa.train", *training],
-        "report, 100,000 predictions": [*surgvqa, *report],
+        "report": [*surgvqa, *report],
     }
 
 

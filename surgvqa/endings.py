@@ -168,9 +168,9 @@ class Stop:
     def __init__(self, max_hours: float | None = None, *, start: str = "") -> None:
         """`start` may hold `{reason}`; without it, Stopped is never raised."""
         self.start = start
-        self.spread: Callable[[str], object] = str
+        self.spread: Callable[[str], object] = _ignored
         """Tells the other processes that this one was asked to stop while it started, and why."""
-        self.last_words: Callable[[str], object] = str
+        self.last_words: Callable[[str], object] = _ignored
         """Records the end of a process that its thread ends; gets the text to say."""
         self._raised = False
         self._main = threading.main_thread()
@@ -275,6 +275,10 @@ class Stop:
         elif time.monotonic() - self.since > self.SAME:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def _ignored(text: str) -> None:
+    """Where there is nobody to tell."""
 
 
 def ignore_signals(worker: int) -> None:

@@ -232,7 +232,7 @@ datasets.load = other
         ("found = replace(found, examples=found.examples[1:])", "reads other questions in"),
         ("raise datasets.BadInput('data.path: no such file')", "data.path: no such file"),
     ],
-    ids=["other rows", "no file"],
+    ids=["other rows", "no file"],  # of its own node
 )
 def test_other_files_on_another_node_are_refused_by_all(hurt: Make, change: str, message: str) -> None:
     run = hurt("other-files")
@@ -242,4 +242,5 @@ def test_other_files_on_another_node_are_refused_by_all(hurt: Make, change: str,
     assert run.left() == 2, run.log
     assert "process 1 on " in run.log
     assert message in run.log
-    assert set(re.findall(r"exitcode +: (-?\d+)", run.log)) == {"2"}, run.log
+    # A launcher sends SIGTERM to a process that still ends when another has ended.
+    assert {"2"} <= set(re.findall(r"exitcode +: (-?\d+)", run.log)) <= {"2", "-15"}, run.log

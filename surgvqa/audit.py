@@ -77,6 +77,8 @@ class Audit:
     """How much was left out: rows for what they say, images, and the questions about those."""
     notes: list[str] = field(default_factory=list)
     """What was not looked at, and why."""
+    unused: list[str] = field(default_factory=list)
+    """What of the data is not used, as its reader says."""
 
     @property
     def sizes(self) -> dict[str, Size]:
@@ -395,8 +397,8 @@ def audit(
     if found.unkept:
         what = f"cannot be written, so the images will be decoded again next time: {found.unkept}"
         problems.append(Problem("$SURGVQA_CACHE", what, warning=True))
-    notes = [*_unseen(facts), *unlooked]
-    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), units, counts, notes)
+    notes, unused = [*_unseen(facts), *unlooked], list(dataset.unused)
+    return Audit(problems, facts, found.decoded, skipped, frozenset(left_out), units, counts, notes, unused)
 
 
 def _too_long(found: Mapping[str, ImageFacts], crop: str) -> dict[str, str]:

@@ -22,7 +22,6 @@ Training goes on while a `Writer` writes, in a thread of its own, what it copied
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -43,6 +42,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgvqa import memory, recipe
+from surgvqa.digests import Digests, sha256
 from surgvqa.endings import StorageFailure
 from surgvqa.recipe import BadInput, Recipe
 from surgvqa.results import MANIFEST as MANIFEST
@@ -301,7 +301,7 @@ def _fault(folder: Path, name: str, size: int, digest: str) -> str | None:
         return "missing"
     if file.stat().st_size != size:
         return f"{file.stat().st_size} bytes instead of {size}"
-    if _sha256(file) != digest:
+    if sha256(file) != digest:
         return "content changed"
     return _unreadable(file) if file.suffix == ".safetensors" else None
 
@@ -347,6 +347,15 @@ def judged(folder: Path) -> Any:
         return json.loads((folder / STATE).read_text(encoding="utf-8")).get("judged")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
+
+
+def base_of(folder: Path) -> Digests:
+    """Return what a checkpoint's base model held in training. Raises BadInput where its state lacks that."""
+    try:
+        return Digests.model_validate(json.loads((folder / STATE).read_text(encoding="utf-8"))["base"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise BadInput(f"{folder / STATE}: not a checkpoint's state: its base model: {said}") from None
 
 
 def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -477,7 +486,7 @@ def _expected(folder: Path) -> dict[str, tuple[int, str]]:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in _files(folder)
     }
 
@@ -497,14 +506,6 @@ def _mib(size: int) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

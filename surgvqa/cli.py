@@ -62,15 +62,14 @@ def _check(file: str, overrides: Sequence[str], out: Path, headers: bool) -> int
         settings = recipe.load(file, overrides)
     except BadInput as error:
         return recipe.explain(error)
-    code, folder = 0, None
+    folder, wrong, unseen = None, list[str](), list[str]()
     try:
         folder = hub.find(settings.model.name, settings.model.revision)
     except BadInput as error:
-        if hub.is_remote(settings.model.name):
-            print(recipe.printable(f"{file}: the model was not looked at: {error}"))
-        else:
-            code = recipe.explain(error)
-    found = findings.examine(file, settings, folder, headers=headers, progress=True)
+        (unseen if hub.is_remote(settings.model.name) else wrong).extend(error.problems)
+    for problem in unseen:
+        print(recipe.printable(f"{file}: the model was not looked at: {problem}"))
+    found = findings.examine(file, settings, folder, wrong, headers=headers, progress=True)
     try:
         written = found.write(out / Path(file).stem)
     except BadInput as error:
@@ -82,7 +81,7 @@ def _check(file: str, overrides: Sequence[str], out: Path, headers: bool) -> int
     for line in (*found.lines(), f"written: {written[0]}, {written[1]}"):
         console.print(line, soft_wrap=True, highlight=False)
     print(found.report())
-    return BadInput.exit_code if found.failed else code
+    return BadInput.exit_code if found.failed else 0
 
 
 def split(argv: Sequence[str]) -> int:

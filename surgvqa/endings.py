@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from surgvqa.demo import cache_root
 from surgvqa.recipe import BadInput, explain
 from surgvqa.terminal import forgiving_streams
 
@@ -100,7 +101,10 @@ def of_os_error(error: OSError, place: Path | None = None) -> Ending | BadInput 
         return StorageFailure(f"{where}: {error.strerror}; make room, and the same command goes on")
     if name is None or error.errno is None:
         return None
-    return BadInput(f"{os.fsdecode(name)}: {error.strerror}; give another path, or repair this one")
+    cure = "give another path, or repair this one"
+    if Path(os.fsdecode(name)).is_relative_to(cache_root()):
+        cure = "this is the cache; set SURGVQA_CACHE to a folder that can be written"
+    return BadInput(f"{os.fsdecode(name)}: {error.strerror}; {cure}")
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from rich.progress import Progress
 from rich.table import Table
 
-from surgvqa import checkpoint, corrupt, datasets, grounding, hub, processes, results, scores
+from surgvqa import checkpoint, corrupt, datasets, grounding, processes, results, scores
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
@@ -301,7 +301,7 @@ def examine(
     variant: str = "",
 ) -> dict[str, Any]:
     """Answer a part's questions with the model of `source`; write and print what came of it."""
-    settings, main = prepared.recipe, accelerator.is_main_process
+    settings, main, base = prepared.recipe, accelerator.is_main_process, prepared.base
     files = source.files(part, variant)
     begun = Begun(
         files[0].with_name(f"{files[0].name}.partial"),
@@ -323,11 +323,15 @@ def examine(
             advance(len(chunk))
     predictions = _predictions(prepared, questions, answers)
     found = main_first(accelerator, lambda: scores.score(predictions, prepared.prior()))
-    model = {"name": settings.model.name, "revision": prepared.folder.revision}
+    model: dict[str, Any] = {"name": settings.model.name, "revision": prepared.folder.revision}
+    if base:
+        model["digests"] = base.model_dump(exclude={"commit"})
     environment = processes.environment(accelerator)
     result = {**found, "split": part, "model": model, "environment": environment}
     if source.checkpoint:
         result |= {"checkpoint": source.checkpoint.name, "manifest": source.weights}
+    if prepared.base_changes:
+        result["accepted_changes"] = list(prepared.base_changes)
     if variant:
         result["variant"] = variant
     if settings.data.on_error == "skip":
@@ -349,22 +353,16 @@ def examine(
 def _fingerprint(prepared: Prepared, part: Part, source: Source, variant: str) -> str:
     """Digest of all that decides an answer; not of how many processes and questions share the work."""
     settings = prepared.recipe.model_dump(mode="json")
-    # A hub id's folder has the commit in its name, the files of another may change. The seed draws shuffled
-    # images and tiny models' weights.
+    # The seed draws shuffled images and tiny models' weights.
     conditions = [
-        source.weights, str(prepared.folder.path), _files_of(prepared.folder),
+        source.weights, prepared.base.model_dump(exclude={"commit"}) if prepared.base else None,
         part, variant, prepared.fingerprint(part),
-        {key: settings[key] for key in ("model", "prompt", "image")},
+        {key: value for key, value in settings["model"].items() if key not in ("name", "revision")},
+        settings["prompt"], settings["image"],
         settings["train"]["precision"], settings["train"]["seed"], settings["data"]["labels"],
         {key: settings["eval"][key] for key in ("answers", "max_new_tokens", "cascade")},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _files_of(folder: hub.Folder) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of change of a model's weights where they lie in a folder of somebody's own."""
-    files = sorted(folder.path.glob("*.safetensors")) if Path(folder.name).is_dir() else []
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _show(result: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:
@@ -402,45 +400,60 @@ def evaluate(
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
+    accept_changes: bool = False,
 ) -> dict[str, Any]:
     """Answer and score a part of the data; what `surgvqa evaluate` does. Returns what scores.json holds.
 
     `source` is a run's folder, one of its checkpoints, or a model's name or folder, which then needs a
     `recipe` file. `variant` is what is done to the images: nothing, `black`, `shuffle`, or a corruption such
     as `smoke:3`. `overrides` are recipe keys to change, as `key=value`; `output` is another folder for the
-    results. Raises BadInput with all that a person must mend.
+    results. A base model that is not what a checkpoint was trained on is refused, unless `accept_changes`.
+    Raises BadInput with all that a person must mend.
     """
     found = opened(source, recipe_file=recipe, overrides=overrides, output=output)
-    return _evaluate(found, split, [variant])[0]
+    return _evaluate(found, split, [variant], accept_changes=accept_changes)[0]
 
 
 def _evaluate(
-    source: Source, part: Part | None, variants: Sequence[str], stop: Stop | None = None
+    source: Source,
+    part: Part | None,
+    variants: Sequence[str],
+    stop: Stop | None = None,
+    accept_changes: bool = False,
 ) -> list[dict[str, Any]]:
     """The scores of each variant, by a model that is loaded once."""
     accelerator = processes.start()
     with Peers(accelerator, source.settings.train.peer_timeout, stop=stop):
-        found = _evaluated(source, part, variants, stop, accelerator)
+        found = _evaluated(source, part, variants, stop, accelerator, accept_changes)
     processes.stop(accelerator)
     return found
 
 
 def _evaluated(
-    source: Source, part: Part | None, variants: Sequence[str], stop: Stop | None, accelerator: Accelerator
+    source: Source,
+    part: Part | None,
+    variants: Sequence[str],
+    stop: Stop | None,
+    accelerator: Accelerator,
+    accept_changes: bool,
 ) -> list[dict[str, Any]]:
     main, settings = accelerator.is_main_process, source.settings
-    processes.check_device(accelerator.device, settings.model.name)
     compute = processes.compute(settings.train.precision, settings.model.attn, accelerator.device)
     part = part or settings.eval.final or "test"
-    prepared = prepare(settings, accelerator, evaluated=[part], progress=main)
+    prepared = prepare(
+        settings, accelerator, evaluated=[part], progress=main,
+        checkpoint=source.checkpoint, accept_changes=accept_changes,
+    ).identified(accelerator)  # fmt: skip
     if not prepared.dataset.part(part):
         raise BadInput(f"{source.run}: the data has no {part} part to evaluate; choose another with --split")
     questions = prepared.questions(part, asked=True)
     prepared.plan(questions)  # finds what cannot fit before the model loads
     for variant in variants:
         prepared.varied(questions, variant)  # finds what cannot be done, too
-    main_first(accelerator, lambda: claim(source, part, variants, questions.examples))
+    main_first(accelerator, lambda: claim(source, part, variants, questions.examples, prepared.base))
     if main:
+        if prepared.base_changes:
+            log.warning("warning: the base model changed: %s", "; ".join(prepared.base_changes))
         if source.unread:
             words, asked = ", ".join(source.unread), f"all {len(questions):,} questions are asked"
             log.warning("warning: %s: is for training and changes nothing here; %s", words, asked)
@@ -550,6 +563,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"spoil the pictures: {', '.join(corrupt.KINDS)}, from 1 to 5, or 1..5 for all of them",
     )
     parser.add_argument("--out", type=path_argument, help="folder for the results (default: the run's)")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="go on though the base model changed, and record how"
+    )
     forgiving_streams()
     given = parser.parse_intermixed_args(argv)
 
@@ -559,7 +575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = opened(given.source, recipe_file=given.recipe, overrides=given.overrides, output=given.out)
         try:
             with Stop(start=_NOT_BEGUN) as stop, workers_watched():
-                _evaluate(source, given.split, variants, stop)
+                _evaluate(source, given.split, variants, stop, given.accept_changes)
         except Stopped as error:
             raise NotBegun(str(error)) from None
         except OSError as error:

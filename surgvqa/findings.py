@@ -28,7 +28,7 @@ from rich import box
 from rich.table import Table
 
 import surgvqa
-from surgvqa import letterbox
+from surgvqa import digests, hub, letterbox
 from surgvqa.audit import PARTS, load_and_audit, repeated, report, too_short
 from surgvqa.datasets import Dataset, Example, ImageRef, Problem
 from surgvqa.datasets.boxes import in_brackets
@@ -93,6 +93,9 @@ class Findings:
         content = self.content
         yield f"{content['recipe']}: {_size(content)}"
         yield from _facts(content)
+        if summary := content["model"].get("summary"):
+            yield f"model: {content['model']['name']}; SHA-256 of its {summary}"
+        yield from (f"data: {printable(line)}" for line in content["unused"])
         yield from (f"not looked at: {note}" for note in content["notes"])
 
     def report(self) -> str:
@@ -147,13 +150,20 @@ class Findings:
 
 
 def examine(
-    name: str, settings: Recipe, folder: Folder | None, *, headers: bool = False, progress: bool = False
+    name: str,
+    settings: Recipe,
+    folder: Folder | None,
+    wrong: Sequence[str] = (),
+    *,
+    headers: bool = False,
+    progress: bool = False,
 ) -> Findings:
     """Audit a recipe's data. What makes it impossible to read at all is in the findings too.
 
-    `name` is the recipe's, for people; `folder` the model's, None where it is not here; `headers`: images are
-    not decoded.
+    `name` is the recipe's, for people; `folder` the model's, None where it is not here; `wrong` what is wrong
+    with the model; `headers`: images are not decoded, and of large weights blocks are read.
     """
+    of_model = [Problem(name, problem, whole=True) for problem in wrong]
     about = {
         "version": VERSION,
         "surgvqa": surgvqa.__version__,
@@ -165,14 +175,25 @@ def examine(
     try:
         dataset, found = load_and_audit(settings, special, headers=headers, progress=progress)
     except BadInput as error:
-        problems = [Problem(name, problem, whole=True) for problem in error.problems]
+        problems = [*of_model, *(Problem(name, problem, whole=True) for problem in error.problems)]
         return Findings({**about, "problems": [_problem(problem) for problem in problems]}, problems, {})
     refs = {image.key: image for example in dataset.examples for image in example.images}
     tokens = _tokens_of(folder)
     notes = list(found.notes)
+    model: dict[str, Any] = {"name": settings.model.name}
+    if folder:
+        if missing := [] if folder.tiny else hub.missing_weights(folder.path, folder.name):
+            notes.append(f"the model's weights: {', '.join(missing[:3])} not in {folder.path}")
+        else:
+            try:
+                of_folder = digests.of(folder, whole=not headers)
+                model |= {"revision": folder.revision, "digests": of_folder.model_dump(exclude={"commit"})}
+                model["summary"] = of_folder.summary()
+            except BadInput as error:
+                of_model += [Problem(name, problem, whole=True) for problem in error.problems]
     if tokens is None:
         notes.append("lengths in tokens: the model's tokenizer.json is not here")
-    problems = list(found.problems)
+    problems = [*of_model, *found.problems]
     if folder and tokens:
         sizes = found.sizes
         if settings.image.crop == "border":
@@ -192,7 +213,9 @@ def examine(
     problems.sort(key=lambda problem: problem.warning)
     content = {
         **about,
+        "model": model,
         "notes": notes,
+        "unused": found.unused,
         "parts": {part: part_counts(dataset.part(part)) for part in PARTS},
         "question_types": type_counts(dataset),
         "repeated_questions": repeated(dataset),
@@ -261,12 +284,12 @@ def _right(prior: Prior, examples: Sequence[Example]) -> float | None:
 
 def _tokens_of(folder: Folder | None) -> Callable[[Iterable[str]], dict[str, int]] | None:
     """What counts the tokens of texts with the model's own vocabulary; None where that is not here."""
-    if folder is None or not (folder.path / "tokenizer.json").is_file():
+    if folder is None or not (folder.processor / "tokenizer.json").is_file():
         return None
     from tokenizers import Tokenizer  # brings no torch
 
     try:
-        tokenizer = Tokenizer.from_file(str(folder.path / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(folder.processor / "tokenizer.json"))
     except Exception:  # tokenizers has no narrower one; training says what is wrong with the file
         return None
 
@@ -521,6 +544,7 @@ figcaption { font-size: 12px; overflow-wrap: anywhere; }
 <td class="number">{{ "{:,}".format(row.groups) }}</tr>{% endfor %}
 </table>
 <ul>{% for fact in facts %}<li>{{ fact | printable }}{% endfor %}
+{% for line in content.unused %}<li>{{ line | printable }}{% endfor %}
 {% for note in content.notes %}<li>not looked at: {{ note }}{% endfor %}</ul>
 {% endif %}
 <h2>Problems</h2>

@@ -1,16 +1,19 @@
 """Model folders: a hub id, a local folder or a tiny model's name → a checked folder on disk.
 
     name, revision ── find ──▶ Folder(path, family, patch, merge, ...)   small files only, no weights
+    a checkpoint that holds a whole model ── saved ──▶ Folder
     Folder ── with_weights ──▶ path                                       with its safetensors
 
-Only safetensors and JSON are ever read; code in a model folder is never run.
+Tokenizer, chat template and image processor are found in every layout that transformers reads: the image
+processor's settings in preprocessor_config.json or in processor_config.json, the chat template in a file of
+its own or in another's. Only safetensors and JSON are ever read; code in a model folder is never run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from surgvqa import grounding
+from surgvqa.datasets.remote import unreachable
 from surgvqa.demo import cached
 from surgvqa.demo.tiny import TINY_MODELS, write_tiny_model
 from surgvqa.recipe import BadInput
@@ -27,13 +31,16 @@ FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen3_vl": "Qwen3-VL"}
 
 _INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja"]
-_PROCESSOR_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
+)
+_PROCESSOR_FILES = (
+    *TOKENIZER_FILES,
     "chat_template.json",
     "chat_template.jinja",
     "preprocessor_config.json",
@@ -47,8 +54,12 @@ class Folder:
     """A model folder whose configuration and vocabulary have been found sound."""
 
     path: Path
+    """Where config.json and the weights are read from."""
+    processor: Path
+    """Where tokenizer, chat template and image processor are: `path`, or a checkpoint's folder."""
     name: str
     revision: str | None
+    """The hub's commit where that is known, so that it can be had again; else as it was asked for."""
     family: str
     """A key of FAMILIES: the folder's `model_type`."""
     patch: int
@@ -70,11 +81,20 @@ class Folder:
     def tiny(self) -> bool:
         return self.name in TINY_MODELS
 
+    @property
+    def commit(self) -> str | None:
+        """The commit that a model of the hub was found at."""
+        return self.revision if is_commit(self.revision) else None
 
-def find(name: str, revision: str | None = None, *, fetch: bool = True) -> Folder:
+
+def find(
+    name: str, revision: str | None = None, *, fetch: bool = True, processor: Path | None = None
+) -> Folder:
     """Locate a model and check everything but its weights. Raises BadInput saying what is wrong with it.
 
-    Unless told to `fetch`, a hub id is looked for in the local cache alone.
+    Unless told to `fetch`, a hub id is looked for in the local cache alone. Its branch or tag becomes the
+    commit that it now is. With `processor`, tokenizer, chat template and image processor are those of that
+    folder.
     """
     if name in TINY_MODELS:
         path = write_tiny_model(name, cached(name))
@@ -82,22 +102,44 @@ def find(name: str, revision: str | None = None, *, fetch: bool = True) -> Folde
         path = Path(name)
     else:
         path = _download(name, revision, _SMALL_FILES, fetch)
-    config = _json(path / "config.json", f"{name} is not a model folder")
+        if path.parent.name == "snapshots" and is_commit(path.name):
+            revision = path.name
+    return _checked(path, processor or path, name, revision)
+
+
+def saved(folder: Path, name: str, revision: str | None) -> Folder:
+    """Return the whole model that a checkpoint of `tune: full` holds; nothing of its base model is read.
+
+    `name` and `revision` are those of the base model.
+    """
+    return _checked(folder, folder, name, revision)
+
+
+def is_commit(revision: str | None) -> bool:
+    """Return whether a revision names one state of a repository for ever, and not a branch or tag."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def _checked(path: Path, processor: Path, name: str, revision: str | None) -> Folder:
+    config = read_json(path / "config.json", f"{name} is not a model folder")
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise BadInput(
             f"{name}: model_type is {family!r}; surgvqa trains Qwen2-VL (qwen2_vl) and Qwen3-VL (qwen3_vl)"
         )
-    if not (path / "tokenizer.json").is_file() and not (
-        (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
+    if not (processor / "tokenizer.json").is_file() and not (
+        (processor / "vocab.json").is_file() and (processor / "merges.txt").is_file()
     ):
         raise BadInput(
-            f"{name}: no vocabulary: neither tokenizer.json nor vocab.json with merges.txt is in {path}. "
-            "Copy the tokenizer files of the original model into the folder"
+            f"{name}: no vocabulary: neither tokenizer.json nor vocab.json with merges.txt is in "
+            f"{processor}. Copy the tokenizer files of the original model into the folder"
         )
-    _json(path / "preprocessor_config.json", f"{name}: the image processor's settings are missing")
+    image_processor(processor, name)
     if problems := refused(path, name):
         raise BadInput(problems)
+    template = ""
+    with contextlib.suppress(BadInput):  # `ChatTokens` says what is wrong with it
+        template = chat_template(processor, name)
     try:
         patch, merge = _geometry(config)
         special = {
@@ -105,8 +147,7 @@ def find(name: str, revision: str | None = None, *, fetch: bool = True) -> Folde
             "<|vision_start|>": int(config.get("vision_start_token_id", 151652)),
             "<|vision_end|>": int(config.get("vision_end_token_id", 151653)),
         }
-        template = chat_template(path)
-        special_tokens = _special_tokens(path, config, template or "")
+        special_tokens = _special_tokens(processor, config, template)
     except (AttributeError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
         raise BadInput(
             f"{name}: config.json or the tokenizer's files in {path} are not laid out like "
@@ -121,7 +162,7 @@ def find(name: str, revision: str | None = None, *, fetch: bool = True) -> Folde
         raise BadInput(
             f"{name}: patch_size {patch} and spatial_merge_size {merge} in {path}/config.json: not 1 to 64"
         )
-    return Folder(path, name, revision, family, patch, merge, special, special_tokens)
+    return Folder(path, processor, name, revision, family, patch, merge, special, special_tokens)
 
 
 def _geometry(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -140,6 +181,54 @@ def factor_of(config: Mapping[str, Any]) -> int | None:
     return patch * merge if 1 <= patch <= 64 and 1 <= merge <= 64 else None
 
 
+def image_processor(path: Path, name: str) -> dict[str, Any]:
+    """Return the image processor's settings: in processor_config.json as transformers 5 writes them, else
+    preprocessor_config.json. Raises BadInput where there are none.
+    """
+    nested, own = path / "processor_config.json", path / "preprocessor_config.json"
+    missing = f"{name}: the image processor's settings are missing"
+    settings = read_json(nested, missing).get("image_processor") if nested.exists() else None
+    if settings is None:
+        if nested.exists() and not own.exists():
+            raise BadInput(
+                f"{missing}: {nested} has no image_processor, and there is no {own.name} beside it"
+            )
+        return read_json(own, missing)
+    if not isinstance(settings, dict):
+        raise BadInput(f"{missing}: image_processor in {nested} is no object")
+    return settings
+
+
+def chat_template(path: Path, name: str) -> str:
+    """Return the first chat template of processor_config.json, chat_template.jinja, chat_template.json and
+    tokenizer_config.json, where transformers looks for it, too.
+
+    Of several named ones it is the default. Raises BadInput where there is none.
+    """
+    for file in (
+        "processor_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "tokenizer_config.json",
+    ):
+        if not (path / file).exists():
+            continue
+        if file.endswith(".jinja"):
+            return _text(path / file, f"{name}: unreadable chat template")
+        given = read_json(path / file, f"{name}: unreadable chat template").get("chat_template")
+        if given is None and file != "chat_template.json":
+            continue
+        template = given
+        if isinstance(given, list):  # the older form of several
+            given = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
+        if isinstance(given, dict):
+            template = given.get("default")
+        if not isinstance(template, str):
+            raise BadInput(f"{name}: chat_template in {path / file} cannot be used: it is not a text")
+        return template
+    raise BadInput(f"{name}: no chat template in {path}")
+
+
 def refused(path: Path, name: str) -> list[str]:
     """What in a folder would have transformers read another model, pickles or files elsewhere."""
     problems = []
@@ -148,13 +237,13 @@ def refused(path: Path, name: str) -> list[str]:
             f"{name}: {path} holds adapters (adapter_config.json), not a whole model; give the model "
             "that they belong to"
         )
-    if "quantization_config" in _json(path / "config.json", f"{name} is not a model folder"):
+    if "quantization_config" in read_json(path / "config.json", f"{name} is not a model folder"):
         problems.append(
             f"{name}: {path}/config.json has a quantization_config; only weights that are not quantized are "
             "read"
         )
     index = path / _INDEX
-    shards = _json(index, f"{name}: unreadable index").get("weight_map") if index.exists() else {}
+    shards = read_json(index, f"{name}: unreadable index").get("weight_map") if index.exists() else {}
     if not isinstance(shards, dict):
         return [*problems, f"{name}: unreadable index: {index} has no weight_map"]
     for shard in sorted({str(shard) for shard in shards.values()}):
@@ -171,12 +260,7 @@ def with_weights(folder: Folder) -> Path:
     path = folder.path
     if not Path(folder.name).is_dir():
         path = _download(folder.name, folder.revision, [*_SMALL_FILES, "*.safetensors"])
-    index = path / _INDEX
-    if index.is_file():
-        shards = sorted(set(_json(index, f"{folder.name}: unreadable index")["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    missing = [shard for shard in shards if not (path / shard).is_file()]
+    missing = missing_weights(path, folder.name)
     if missing:
         raise BadInput(
             f"{folder.name}: weights missing: {', '.join(missing[:5])}"
@@ -185,29 +269,42 @@ def with_weights(folder: Folder) -> Path:
     return path
 
 
+def weights_files(path: Path, name: str) -> list[str]:
+    """Return the names of the safetensors files that a model folder's weights are read from."""
+    index = path / _INDEX
+    if not index.is_file():
+        return ["model.safetensors"]
+    return sorted(set(read_json(index, f"{name}: unreadable index")["weight_map"].values()))
+
+
+def missing_weights(path: Path, name: str) -> list[str]:
+    """Return those of `weights_files` that are not in the folder."""
+    return [file for file in weights_files(path, name) if not (path / file).is_file()]
+
+
 def is_remote(name: str) -> bool:
     """Whether a name can only be a hub id, which may have to be fetched."""
     return (
         name not in TINY_MODELS
         and not Path(name).is_dir()
-        and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+        and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
     )
 
 
-def copy_processor(folder: Folder, target: Path) -> None:
-    """Copy tokenizer, chat template and image processor, byte for byte, beside trained weights.
+def processor_files(folder: Folder) -> dict[str, bytes]:
+    """Return what lies beside trained weights: tokenizer, chat template and image processor, byte for byte.
 
     With adapters the base model's config.json too, for whoever asks what they belong to.
     """
-    for file in processor_files(folder):
-        if not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
+    files = [*(folder.processor / name for name in _PROCESSOR_FILES), folder.path / "config.json"]
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
-def processor_files(folder: Folder) -> list[Path]:
-    """What `copy_processor` copies."""
-    files = [folder.path / name for name in (*_PROCESSOR_FILES, "config.json")]
-    return [file for file in files if file.is_file()]
+def write_processor(files: Mapping[str, bytes], target: Path) -> None:
+    """Write `processor_files` into a checkpoint; what is there already stays, such as its own config.json."""
+    for name, content in files.items():
+        if not (target / name).exists():
+            (target / name).write_bytes(content)
 
 
 _STRUCTURE = (
@@ -227,7 +324,7 @@ def _special_tokens(path: Path, config: Mapping[str, Any], template: str) -> fro
     flagged: dict[str, bool] = {}
     by_id: dict[int, str] = {}
     tokenizer, settings = (
-        _json(path / name, "unreadable tokenizer") if (path / name).is_file() else {}
+        read_json(path / name, "unreadable tokenizer") if (path / name).is_file() else {}
         for name in ("tokenizer.json", "tokenizer_config.json")
     )
     decoder = settings.get("added_tokens_decoder", {})
@@ -246,26 +343,6 @@ def _special_tokens(path: Path, config: Mapping[str, Any], template: str) -> fro
     texts |= {by_id[number] for number in wanted & by_id.keys()}
     texts |= {text for text, special in flagged.items() if special and text in template}
     return frozenset({*texts, *_STRUCTURE})
-
-
-def chat_template(path: Path) -> str | None:
-    """Return the folder's chat template: chat_template.jinja, else chat_template.json, else the tokenizer's.
-
-    None where there is none. Raises BadInput or ValueError where a file is not what it should be.
-    """
-    jinja = path / "chat_template.jinja"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    wrapped = path / "chat_template.json"
-    if wrapped.is_file():
-        text = _json(wrapped, "the chat template cannot be used").get("chat_template")
-        if not isinstance(text, str):
-            raise BadInput(f"the chat template cannot be used: {wrapped} has no text chat_template")
-        return text
-    if (path / "tokenizer_config.json").is_file():
-        own = _json(path / "tokenizer_config.json", "unreadable tokenizer").get("chat_template")
-        return own if isinstance(own, str) else None
-    return None
 
 
 def _thinks(template: str) -> bool:
@@ -292,9 +369,12 @@ def _download(name: str, revision: str | None, patterns: list[str], fetch: bool 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    why = unreachable(f"the model {name}") if fetch and is_remote(name) else ""
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not fetch)
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, local_files_only=not fetch or bool(why)
+            )
         )
     except HFValidationError:
         raise BadInput(
@@ -303,18 +383,28 @@ def _download(name: str, revision: str | None, patterns: list[str], fetch: bool 
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise BadInput(
-            f"{name}{at}: not in the local cache and could not be fetched ({str(error).splitlines()[0]}). "
+            f"{name}{at}: not in the local cache and could not be fetched "
+            f"({why or str(error).splitlines()[0]}). "
             f"Where there is no connection: fetch it on a machine that has one, with `hf download {name}` "
             "into the same HF_HOME, or give a local folder as model.name"
         ) from None
 
 
-def _json(path: Path, failure: str) -> dict[str, Any]:
+def _text(path: Path, failure: str) -> str:
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         raise BadInput(f"{failure}: {path} is not a file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{failure}: {path}: {error}") from None
+
+
+def read_json(path: Path, failure: str) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises BadInput, which begins with `failure`, where there is none."""
+    text = _text(path, failure)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{failure}: {path}: {error}") from None
     if not isinstance(content, dict):
         raise BadInput(f"{failure}: {path} does not hold an object")

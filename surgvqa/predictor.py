@@ -27,7 +27,7 @@ from surgvqa.datasets import Dataset, Example, ImageRef, Region, normalise
 from surgvqa.evaluation import Reply, answers_of, prediction_of
 from surgvqa.letterbox import Canvas
 from surgvqa.plan import trees_of
-from surgvqa.prepare import Prepared
+from surgvqa.prepare import Prepared, check_device, resolve_model
 from surgvqa.recipe import BadInput, Recipe
 from surgvqa.sources import model_of
 from surgvqa.tokens import ChatTokens
@@ -83,11 +83,12 @@ class Predictor:
     """The folder of its trained weights; None for a model as it was published."""
     device: torch.device
 
-    def __init__(self, settings: Recipe, folder: Path | None, device: torch.device) -> None:
+    def __init__(
+        self, settings: Recipe, folder: Path | None, device: torch.device, found: hub.Folder
+    ) -> None:
         """Use `load_predictor`, which finds what to give."""
         self.recipe, self.checkpoint, self.device = settings, folder, device
         self._compute = processes.compute(settings.train.precision, settings.model.attn, device)
-        found = hub.find(settings.model.name, settings.model.revision)
         prompt = settings.prompt
         chat = ChatTokens(found, system=prompt.system, instructions=prompt.instructions)
         self._prepared = _Ready(settings, found, chat, Dataset([], []), {}, {}, [], [], {})
@@ -206,6 +207,7 @@ def load_predictor(
     recipe: str | os.PathLike[str] | None = None,
     overrides: Iterable[str] = (),
     device: str | torch.device | None = None,
+    accept_changes: bool = False,
 ) -> Predictor:
     """A model that can be asked. No data are read.
 
@@ -214,15 +216,17 @@ def load_predictor(
     hold; without one: a letterbox of 768 pixels, no prompts of our own, bf16. A checkpoint brings its recipe.
     `overrides` change recipe keys, such as `eval.max_new_tokens=200`; those that an evaluation was given must
     be given here too for the same answers. `device` is by default the first GPU;
-    name `cpu` where a real model is to compute there. Sets TF32 for the process, as evaluation does. Raises
+    name `cpu` where a large model is to compute there. A base model that is not what the checkpoint was
+    trained on is refused, unless `accept_changes`. Sets TF32 for the process, as evaluation does. Raises
     BadInput saying what is wrong with source, recipe, model or device.
     """
     settings, folder = model_of(os.fspath(source), recipe, list(overrides), otherwise=_ZERO_SHOT)
+    found = resolve_model(settings, folder, accept_changes).folder
     if device is None:
         gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
         device = "cuda" if gpu else "cpu"
-        processes.check_device(torch.device(device), settings.model.name)
-    return Predictor(settings, folder, torch.device(device))
+        check_device(torch.device(device), found)
+    return Predictor(settings, folder, torch.device(device), found)
 
 
 def _ref(picture: Any, number: int) -> ImageRef:

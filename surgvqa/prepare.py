@@ -14,7 +14,7 @@ import itertools
 import socket
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,20 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from surgvqa import corrupt, datasets, hub, letterbox, model
+from surgvqa import checkpoint as checkpoints
+from surgvqa import corrupt, datasets, digests, hub, letterbox, model, processes
 from surgvqa.audit import Audit, closed_set, condensed, load_and_audit, too_short
 from surgvqa.datasets import splits
+from surgvqa.digests import Digests
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
 from surgvqa.processes import main_first, refuse_together
 from surgvqa.recipe import BadInput, Part, Recipe
 from surgvqa.tokens import ChatTokens
 from surgvqa.tree import Questions
+
+MOST_ON_CPU = 500_000_000
+"""Parameters of a model that computes on the CPU without being asked to; the smallest Qwen2-VL has 2.2e9."""
 
 _UNTRIED = 8192
 """Tokens per micro-batch where the recipe says `auto` and nothing was tried: in evaluation alone."""
@@ -56,8 +61,19 @@ class Prepared:
     """How many rows, images and questions that was."""
     tokens_per_micro_batch: int | None = None
     """What was found to fit; None before that is known."""
+    base: Digests | None = None
+    """What the base model holds; None before that was asked for, see `identified`."""
+    base_changes: Sequence[str] = ()
+    """In what the base model is not what the checkpoint was trained on; accepted."""
     progress: bool = False
     """Whether to show how far the work is."""
+
+    def identified(self, accelerator: Accelerator) -> Prepared:
+        """Return the same with `base`, found by the main process. Fetches the weights, and raises BadInput
+        where they are missing."""
+        if self.base is not None:
+            return self
+        return replace(self, base=main_first(accelerator, lambda: digests.of(self.folder)))
 
     def questions(self, part: Part, most: int | None = None, *, asked: bool = False) -> Questions:
         """The questions of a part; with `most`, that many, see `splits.drawn`.
@@ -165,7 +181,7 @@ class Prepared:
         """About how many bytes a checkpoint will take, from the model's shapes; no weights are read."""
         with torch.device("meta"):
             weights = model.checkpoint_bytes(self._adapted(model.skeleton(self.folder)))
-        return weights + sum(file.stat().st_size for file in hub.processor_files(self.folder))
+        return weights + sum(map(len, hub.processor_files(self.folder).values()))
 
     def _adapted(self, whole: Any, adapter: Path | None = None) -> Any:
         settings, lora = self.recipe.model, self.recipe.model.lora
@@ -268,18 +284,68 @@ class Prepared:
         return {} if kind == "none" else class_weights(answers, kind)
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """The model folder of a recipe, or of a checkpoint."""
+
+    folder: hub.Folder
+    base: Digests | None = None
+    """What the checkpoint's base model holds; None without a checkpoint."""
+    changes: Sequence[str] = ()
+    """In what that is not what the checkpoint was trained on."""
+
+
+def resolve_model(recipe: Recipe, trained: Path | None = None, accept_changes: bool = False) -> Resolved:
+    """Find the model that a recipe names, or that the checkpoint in `trained` belongs to.
+
+    A checkpoint keeps its own tokenizer, chat template and image processor, and these are used. Adapters need
+    their base model, at the commit that they were trained on. A checkpoint of `tune: full` needs it only
+    where the recipe names another one. Raises BadInput where the base model holds something else than when
+    the checkpoint was trained, unless `accept_changes`.
+    """
+    name, revision = recipe.model.name, recipe.model.revision
+    if trained is None:
+        return Resolved(hub.find(name, revision))
+    was, before = checkpoints.recipe_of(trained).model, checkpoints.base_of(trained)
+    same_name = (was.name, was.revision) == (name, revision)
+    if same_name:
+        revision = before.commit or revision
+    if was.tune == "full" and same_name:
+        return Resolved(hub.saved(trained, name, revision), before)
+    found = hub.find(name, revision, processor=trained)
+    now = digests.of(replace(found, processor=found.path))
+    changes = digests.differences(before, now, trained, found)
+    if changes and not same_name:
+        changes.insert(0, f"model.name: {was.name!r} at {was.revision} → {name!r} at {revision}")
+    if changes and not accept_changes:
+        raise BadInput(
+            [
+                f"{trained} was trained on a base model that {name} does not hold any more; restore it, or "
+                "go on with the changes, which are recorded, with --accept-changes (tokenizer, chat template "
+                "and image processor stay those of the checkpoint):",
+                *(f"  {change}" for change in changes),
+            ]
+        )
+    if was.tune == "full":
+        return Resolved(hub.saved(trained, name, revision), now, changes)
+    return Resolved(found, now, changes)
+
+
 def prepare(
     recipe: Recipe,
     accelerator: Accelerator | None = None,
     *,
     evaluated: Collection[Part] | None = None,
     progress: bool = False,
+    checkpoint: Path | None = None,
+    accept_changes: bool = False,
 ) -> Prepared:
     """Read and check everything but the weights, on every process.
 
-    `evaluated` are the parts to be evaluated; None for the recipe's own. All processes read the rows at the
-    same time; the main one alone audits them and decodes the images, and tells the others. Raises BadInput
-    with all errors of data and model folder, on every process.
+    `evaluated` are the parts to be evaluated; None for the recipe's own. `checkpoint` is one to go on from,
+    see `resolve_model`. All processes read the rows at the same time; the main one alone audits them and
+    decodes the images, and tells the others. Raises BadInput on every process, with all errors of data and
+    model folder, and at once where the model is too large for the CPU.
     """
     settings = recipe.model
     main = accelerator is None or accelerator.is_main_process
@@ -292,12 +358,12 @@ def prepare(
         except (BadInput, OSError) as error:  # told where the main process finds nothing wrong
             problems = [f"{_here(accelerator)}: {error}"]
 
-    def examine() -> tuple[Audit, str]:
+    def examine() -> tuple[Audit, str, Resolved]:
         """Everything at once: what is wrong with the data is not hidden behind a model that is not there."""
-        errors, special_tokens, found = [], frozenset[str](), None
+        errors, special_tokens, found, resolved = [], frozenset[str](), None, None
         try:
-            folder = hub.find(recipe.model.name, recipe.model.revision)
-            special_tokens = folder.special_tokens
+            resolved = resolve_model(recipe, checkpoint, accept_changes)
+            folder, special_tokens = resolved.folder, resolved.folder.special_tokens
             if settings.tune == "lora":
                 model.lora_targets(
                     model.skeleton(folder),
@@ -307,6 +373,8 @@ def prepare(
                 )
         except BadInput as error:
             errors += error.problems
+        if resolved and accelerator:
+            check_device(accelerator.device, resolved.folder)
         try:
             dataset, found = load_and_audit(recipe, special_tokens, evaluated=evaluated, progress=progress)
             loaded.append(dataset)
@@ -314,13 +382,15 @@ def prepare(
             errors += condensed(problem for problem in found.problems if not problem.warning)
         except BadInput as error:
             errors += error.problems
-        if errors or found is None:
+        if errors or found is None or resolved is None:
             raise BadInput(errors)
-        return found, ids[0]
+        return found, ids[0], resolved
 
-    found, kept = main_first(accelerator, examine)
-    # The main process fetched the model's files; each process finds them on its own node.
-    folder = hub.find(recipe.model.name, recipe.model.revision)
+    found, kept, resolved = main_first(accelerator, examine)
+    folder = resolved.folder
+    if folder.path != checkpoint:
+        # The main process fetched the model's files; each process finds them on its own node.
+        folder = hub.find(folder.name, folder.revision, processor=checkpoint)
     if loaded and not main:
         loaded[0] = found.kept(loaded[0])
         if _digest(example.id for example in loaded[0].examples) != kept:
@@ -346,6 +416,8 @@ def prepare(
         condensed(problem for problem in found.problems if problem.warning),
         found.skipped,
         found.counts,
+        base=resolved.base,
+        base_changes=resolved.changes,
         progress=progress,
     )
 
@@ -353,6 +425,20 @@ def prepare(
 def _here(accelerator: Accelerator | None) -> str:
     rank = accelerator.process_index if accelerator is not None else 0
     return f"process {rank} on {socket.gethostname()}"
+
+
+def check_device(device: torch.device, folder: hub.Folder) -> None:
+    """Raise BadInput where a large model is about to compute on the CPU though nobody asked for that."""
+    if device.type != "cpu" or processes.cpu_asked_for():
+        return
+    parameters = sum(parameter.numel() for parameter in model.skeleton(folder).parameters())
+    if parameters > MOST_ON_CPU:
+        raise BadInput(
+            f"this machine has no GPU that CUDA can use, and {folder.name} would take weeks on the CPU: it "
+            f"has {parameters:,} parameters, more than {MOST_ON_CPU:,}. Look at nvidia-smi and at the torch "
+            "that is installed. To use the CPU all the same: accelerate_configs/cpu.yaml, or "
+            "ACCELERATE_USE_CPU=true"
+        )
 
 
 def _stages(examples: Sequence[datasets.Example]) -> NDArray[np.int64]:

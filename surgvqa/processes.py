@@ -30,9 +30,8 @@ PATIENCE = timedelta(hours=1)
 """How long processes wait for each other: the others wait while the main one decodes every image."""
 
 
-def start(name: str = "") -> Accelerator:
-    """This process among those that a launcher started. Raises BadInput where they did not find each other,
-    or where the model `name` would train on the CPU by mistake.
+def start() -> Accelerator:
+    """This process among those that a launcher started. Raises BadInput where they did not find each other.
 
     Mixed precision is the recipe's (see `Compute`). Messages go to stderr, and those of other processes
     than the main one say whose they are.
@@ -51,7 +50,6 @@ def start(name: str = "") -> Accelerator:
             f"the launcher started {expected} processes, but each of them is alone; "
             "use one of accelerate_configs/ or torchrun"
         )
-    check_device(accelerator.device, name)
     handler = logging.StreamHandler()
     rank = accelerator.process_index
     handler.setFormatter(Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
@@ -60,16 +58,10 @@ def start(name: str = "") -> Accelerator:
     return accelerator
 
 
-def check_device(device: torch.device, name: str) -> None:
-    """Raises BadInput where a real model is about to compute on the CPU though nobody asked for that."""
+def cpu_asked_for() -> bool:
+    """Return whether somebody asked to compute on the CPU."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
-    asked = parse_flag_from_env("ACCELERATE_USE_CPU") or hidden == "" or hidden.startswith("-1")
-    if device.type == "cpu" and name and not name.startswith("tiny-") and not asked:
-        raise BadInput(
-            f"this machine has no GPU that CUDA can use, and {name} would take weeks on the CPU; look at "
-            "nvidia-smi and at the torch that is installed. To use the CPU all the same: "
-            "accelerate_configs/cpu.yaml, or ACCELERATE_USE_CPU=true"
-        )
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or hidden == "" or hidden.startswith("-1")
 
 
 def name(device: torch.device) -> str:

@@ -41,13 +41,19 @@ _TABLES = ("jsonl", "csv", "parquet", "json")
 COLUMNS = frozenset(
     (
         "image", "question", "answer", "id", "question_type", "group", "split", "stage",
-        "box", "boxes", "asked_box", "asked_boxes",
+        "box", "boxes", "asked_box", "asked_boxes", "choices",
     )
 )  # fmt: skip
 """Our names of the columns of tables."""
 
-_TURNS = COLUMNS - {"question", "answer", "box", "boxes", "asked_box", "asked_boxes"}
-_MAPPED = {
+NEEDED = frozenset({"image", "images", "question", "answer", "conversations", "messages"})
+"""Our names of the columns without which there is no question."""
+
+SEVERAL = frozenset({"image", "choices"})
+"""Those of them that may stand for several columns of a table."""
+
+_TURNS = COLUMNS - {"question", "answer", "box", "boxes", "asked_box", "asked_boxes", "choices"}
+MAPPED = {
     **dict.fromkeys((*_TABLES, "hub"), COLUMNS),
     "llava": _TURNS | {"conversations", "objects"},
     "messages": (_TURNS - {"image"}) | {"images", "messages", "objects"},
@@ -221,13 +227,14 @@ class Model(_Section):
     name: Place = Field(min_length=1)
     """Hub id, local folder, or `tiny-qwen2-vl` / `tiny-qwen3-vl` (random weights, for trying things out)."""
     revision: Revision | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a hub id; `null` is its main branch. The commit that it is when a run begins
+    is recorded, and used when the run goes on or is evaluated."""
     tune: Literal["lora", "full"] = "lora"
     """`lora`: adapters on a frozen language model; `full`: all of the language model."""
     adapter: Place | None = None
     """A former run, or one of its checkpoints, whose trained weights a new run begins with: its adapters, or
-    with `tune: full` its whole model. Of a run it is the best checkpoint, else the newest. `name`,
-    `revision` and `tune` must be that run's, and with `lora` what is adapted; all else begins anew."""
+    with `tune: full` its whole model. Of a run it is the best checkpoint, else the newest. `tune` must be
+    that run's, and with `lora` what is adapted; the base model must hold the same; all else begins anew."""
     train_vision: bool = False
     """Train the vision tower too (without its mergers)."""
     train_merger: bool = False
@@ -275,9 +282,13 @@ class Source(_Section):
     """Branch, tag or commit of a hub id."""
     roots: list[Place] = []
     """Further folders in which images may be; without any they must be inside the data's own folder."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str | list[str] | None] = {}
     """Our name of a column → the data's own, such as `{image: img_path, answer: label}`, for tables, hub data
-    sets and conversations; a column that is not here has our name."""
+    sets and conversations; a column that is not here has our name. null: there is no such column, and one of
+    that name is ignored. `image` and `choices` of tables may be a list of columns."""
+    list_answers: Literal["join", "alternatives"] | None = None
+    """What an answer is that the data has as a list: `join`: all of it, joined with `; `; `alternatives`: one
+    of several right answers, of which the first is trained on; null: alternatives, with a warning."""
     group_pattern: str | None = None
     """Regular expression for the path of an image: what its parentheses match, joined by `/`, is the group of
     a row that has none, such as `(case_\\d+)`. For the formats that take `columns`."""
@@ -290,6 +301,17 @@ class Source(_Section):
     columns and `objects` others are pixels; of texts others are what the data proves, else it is an error."""
     frames: int | None = Field(None, ge=1, le=COUNT)
     """Most frames of a clip, evenly chosen, for formats with clips; null: all."""
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        for name, theirs in value.items() if isinstance(value, dict) else ():
+            many = isinstance(theirs, list) and all(isinstance(column, str) for column in theirs)
+            if not (theirs is None or isinstance(theirs, str) or many):
+                raise ValueError(
+                    f"{_shown(name)} is {_shown(theirs)}; give a column's name, a list of names, or null"
+                )
+        return value
 
     @field_validator("group_pattern")
     @classmethod
@@ -653,12 +675,13 @@ def _source_contradictions(source: Source, where: str) -> Iterator[str]:
         yield f"{where}.path: missing; format {source.format} needs the place of the data"
     if source.revision is not None and (source.path is None or Path(source.path).exists()):
         yield f"{where}.revision: is for a hub id; the data is on this machine"
-    known = _MAPPED.get(source.format, frozenset())
+    known = MAPPED.get(source.format, frozenset())
     if unknown := sorted(source.columns.keys() - known):
         what = f"format {source.format} has {', '.join(sorted(known))}" if known else "is for tables"
         yield f"{where}.columns: {', '.join(unknown)} cannot be mapped; {what}"
-    if empty := [name for name, theirs in source.columns.items() if not theirs.strip()]:
-        yield f"{where}.columns.{empty[0]}: is empty; give the data's name of that column, or leave it out"
+    yield from _wrong_columns(source, where)
+    if source.list_answers is not None and (not known or source.format in ("llava", "messages")):
+        yield f"{where}.list_answers: is for tables and hub data sets, whose answers may be lists"
     if source.group_pattern is not None and not known:
         yield f"{where}.group_pattern: format {source.format} has groups of its own"
     if source.boxes != "auto" and not known:
@@ -676,6 +699,21 @@ def _source_contradictions(source: Source, where: str) -> Iterator[str]:
     suffix = Path(source.path or "").suffix.lstrip(".")
     if source.format in _TABLES and suffix in _TABLES and suffix != source.format:
         yield f"{where}.format: is {source.format}, but {where}.path ends in .{suffix}"
+
+
+def _wrong_columns(source: Source, where: str) -> Iterator[str]:
+    """What is wrong with the names of the data's columns."""
+    for ours, theirs in source.columns.items():
+        place = f"{where}.columns.{ours}"
+        names = theirs if isinstance(theirs, list) else [theirs or ""]
+        if theirs is None and ours in NEEDED:
+            yield f"{place}: is null, but format {source.format} needs it; give the data's name of it"
+        elif theirs is not None and not all(name.strip() for name in names or [""]):
+            yield (f"{place}: is empty; give the data's name of that column, null for none, or leave it out")
+        elif isinstance(theirs, list) and (ours not in SEVERAL or source.format in ("llava", "messages")):
+            yield f"{place}: is a list; only image and choices of tables may be several columns"
+        elif len(set(names)) < len(names):
+            yield f"{place}: has a column more than once"
 
 
 def _problem(detail: Mapping[str, Any]) -> str:

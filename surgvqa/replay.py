@@ -26,22 +26,23 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     process. Raises BadInput where the run has no checkpoint before the step, no such step, or was trained
     with another recipe or other data.
     """
-    accelerator = processes.start(settings.model.name)
+    accelerator = processes.start()
     device = accelerator.device
     cuda = device.type == "cuda"
     compute = processes.compute(settings.train.precision, settings.model.attn, device)
-    prepared = prepare(settings, accelerator, progress=True)
+    folder = _before(Path(settings.output) / "checkpoints", step) if step > 0 else None
+    begin = folder or first_weights(settings)
+    prepared = prepare(settings, accelerator, progress=True, checkpoint=begin)
     questions = prepared.questions("train")
     plan = prepared.plan(questions)
     total = settings.train.max_steps or settings.train.epochs * plan.steps_per_epoch
     if not 1 <= step <= total:
         raise BadInput(f"--replay {step}: the run's steps are 1 to {total}")
-    folder = _before(Path(settings.output) / "checkpoints", step)
     if folder and (changes := differences(folder, settings, prepared.fingerprint())):
         raise BadInput(
             [f"--replay {step}: {folder} was trained otherwise:", *(f"  {change}" for change in changes)]
         )
-    network = prepared.network(folder or first_weights(settings)).to(device).train()
+    network = prepared.network(begin).to(device).train()
     loss_of = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
     fitting = memory.fit(
         loss_of,

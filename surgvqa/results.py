@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 TRAINER = "trainer"
-"""Folder in a checkpoint for what only surgvqa reads. Beside it lies what PEFT, transformers and vLLM expect, and
-nothing else: vLLM loads every *.safetensors at the top of a model folder."""
+"""Folder in a checkpoint for what only surgvqa reads. Beside it lies what PEFT, transformers and vLLM expect,
+and nothing else: vLLM loads every *.safetensors at the top of a model folder."""
 MANIFEST, STATE = f"{TRAINER}/manifest.json", f"{TRAINER}/state.json"
 RECIPE, OPTIMIZER = f"{TRAINER}/recipe.yaml", f"{TRAINER}/optimizer.safetensors"
 

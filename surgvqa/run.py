@@ -52,11 +52,12 @@ SKIPPED = "skipped.jsonl"
 
 HARMLESS = (
     "output", "log", "eval", "checkpoint", "data.path", "data.revision", "data.labels", "data.on_error",
-    "data.workers", "data.split.path", "model.attn", "batch.tokens_per_micro_batch", "batch.trees",
-    "train.checkpoint_layers", "train.compile", "train.max_hours", "train.peer_timeout",
+    "data.workers", "data.split.path", "model.name", "model.revision", "model.attn",
+    "batch.tokens_per_micro_batch", "batch.trees", "train.checkpoint_layers", "train.compile",
+    "train.max_hours", "train.peer_timeout",
 )  # fmt: skip
 """Keys, or sections, that may differ between the runs of one experiment: they do not change what is
-learned. The training data itself is compared by its digest."""
+learned. The training data and the base model are compared by their digests."""
 
 _ADAPTED = (
     "model.train_vision", "model.train_merger", "model.lora.rank", "model.lora.alpha", "model.lora.modules",
@@ -253,26 +254,31 @@ def clear(run: Path) -> None:
             file.unlink()
 
 
+def newest_whole(run: Path) -> Path | None:
+    """Return a run's newest checkpoint that is whole; None where it has none. Raises BadInput where none of
+    them is whole."""
+    folder, rejected = checkpoint.newest(run / "checkpoints")
+    for problem in rejected:
+        log.warning("warning: %s", problem)
+    if folder is None and rejected:
+        raise BadInput([*rejected, f"{run}: no checkpoint is whole; train anew with --fresh --yes"])
+    return folder
+
+
 def resumable(
-    run: Path,
+    folder: Path,
     settings: Recipe,
     fingerprint: Mapping[str, str | int],
     accept_changes: bool = False,
     judged: Mapping[str, str] | None = None,
-) -> Resume | None:
-    """The newest checkpoint that is whole. Raises BadInput where it is another experiment's.
+) -> Resume:
+    """Return where a run goes on from a checkpoint of its own. Raises BadInput where that is another
+    experiment's; `prepare.resolve_model` compares the base model.
 
     With `accept_changes` it goes on all the same, unless other weights would train. `judged` is what
     evaluations will be judged by: scores by anything else are forgotten.
     """
-    root = run / "checkpoints"
-    folder, rejected = checkpoint.newest(root)
-    for problem in rejected:
-        log.warning("warning: %s", problem)
-    if folder is None:
-        if rejected:
-            raise BadInput([*rejected, f"{run}: no checkpoint is whole; train anew with --fresh --yes"])
-        return None
+    root, run = folder.parent, folder.parent.parent
     state = _state(folder)
     changes = differences(folder, settings, fingerprint)
     inherent = any(_among(INHERENT, change.partition(":")[0]) for change in changes)
@@ -319,20 +325,19 @@ def differences(folder: Path, settings: Recipe, fingerprint: Mapping[str, str | 
     return found
 
 
-def record_changes(run: Path, resume: Resume) -> None:
-    """Write what the run goes on with into changes.jsonl, where that is not what it was."""
-    if resume.changes:
+def record_changes(run: Path, step: int, changes: Sequence[str]) -> None:
+    """Write what the run goes on with after a step into changes.jsonl, where that is not what it was."""
+    if changes:
         with (run / CHANGES).open("a", encoding="utf-8") as file:
-            _append(file, {"after_step": resume.step, "changes": resume.changes})
-        log.warning(
-            "warning: going on after step %d with changes: %s", resume.step, "; ".join(resume.changes)
-        )
+            _append(file, {"after_step": step, "changes": list(changes)})
+        log.warning("warning: going on after step %d with changes: %s", step, "; ".join(changes))
 
 
 def first_weights(settings: Recipe) -> Path | None:
     """The checkpoint that the recipe's `model.adapter` means; None where a run begins with new weights.
 
-    Raises BadInput where there is none, it is not whole, or it was trained as another model.
+    Raises BadInput where there is none, it is not whole, or it was trained as another model;
+    `prepare.resolve_model` compares the base model.
     """
     if settings.model.adapter is None:
         return None
@@ -351,10 +356,14 @@ def first_weights(settings: Recipe) -> Path | None:
             )
     elif problems := checkpoint.verify(folder):
         raise BadInput(f"model.adapter: {folder}: {problem}" for problem in problems)
+    if folder.resolve().is_relative_to(Path(settings.output).resolve()):
+        raise BadInput(
+            f"model.adapter: {folder} lies in this run's own output, which --fresh clears; choose another"
+        )
     trained = checkpoint.recipe_of(folder)
     differences = trained.differences(settings)
     adapted = _ADAPTED if settings.model.tune == "lora" else ()
-    same = ("model.name", "model.revision", "model.tune", *adapted)
+    same = ("model.tune", *adapted)
     if others := [each for each in differences if _among(same, each.partition(":")[0])]:
         raise BadInput(
             [f"model.adapter: {folder} holds weights of another model than this recipe's:"]

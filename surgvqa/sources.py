@@ -17,6 +17,7 @@ from pathlib import Path
 
 from surgvqa import checkpoint, recipe, results
 from surgvqa.datasets import Example
+from surgvqa.digests import Digests
 from surgvqa.endings import file_errors
 from surgvqa.recipe import BadInput, Part, Recipe
 
@@ -160,14 +161,20 @@ def model_of(
     return read([*words, *overrides]), None
 
 
-def claim(source: Source, part: Part, variants: Sequence[str], examples: Sequence[Example]) -> None:
+def claim(
+    source: Source,
+    part: Part,
+    variants: Sequence[str],
+    examples: Sequence[Example],
+    base: Digests | None = None,
+) -> None:
     """See that the results' folder is the run's own, or make it one for them.
 
     Raises BadInput where it cannot be written, where another's results are there, or where those on other
-    data or of another part would replace others.
+    data or of another part would replace others. `base` is what the base model holds.
     """
     try:
-        _claim_folder(source)
+        _claim_folder(source, base)
         if not os.access(source.run, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -177,7 +184,7 @@ def claim(source: Source, part: Part, variants: Sequence[str], examples: Sequenc
     _keep_others(source, part, variants, {example.id for example in examples})
 
 
-def _claim_folder(source: Source) -> None:
+def _claim_folder(source: Source, base: Digests | None) -> None:
     run, told = source.run, source.run / "recipe.yaml"
     trained = (run / "checkpoints").exists()
     if source.checkpoint and _in_its_run(source.checkpoint, run):
@@ -198,13 +205,20 @@ def _claim_folder(source: Source) -> None:
         if each.startswith(_DECIDING) and not each.startswith("data.workers:")
     ]
     there = [each for each in results.evaluations(run) if each.scores]
-    if any(each.scores.get("manifest") != source.weights for each in there):
+    if any(each.scores.get("manifest") != source.weights or _other_base(each, base) for each in there):
         others.append(f"the weights are not those of {there[0].checkpoint or 'the published model'}")
     if others:
         raise BadInput(
             f"{run} holds results of another model, of other data or by another recipe: {'; '.join(others)}; "
             "choose another folder with --out"
         )
+
+
+def _other_base(there: results.Evaluation, base: Digests | None) -> bool:
+    """Return whether an evaluation read other weights of a base model, as far as its scores tell."""
+    model = there.scores.get("model")
+    digests = model.get("digests") if isinstance(model, dict) else None
+    return base is not None and isinstance(digests, dict) and digests.get("weights") != base.weights
 
 
 def _keep_others(source: Source, part: Part, variants: Sequence[str], ids: set[str]) -> None:

@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from surgvqa import grounding, hub
+from surgvqa import grounding
 from surgvqa.augment import Placement
 from surgvqa.datasets import Example
-from surgvqa.hub import Folder
+from surgvqa.hub import Folder, chat_template
 from surgvqa.recipe import BadInput
 from surgvqa.terminal import tracked
 
@@ -93,18 +93,16 @@ class ChatTokens:
         self.system = system
         self.instructions = dict(instructions or {})
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-            self.tokenizer.chat_template = hub.chat_template(folder.path) or self.tokenizer.chat_template
-            if not self.tokenizer.chat_template:
-                raise BadInput(f"{folder.name}: no chat template in {folder.path}")
-            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.path)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder.processor, trust_remote_code=False)
+            self.tokenizer.chat_template = chat_template(folder.processor, folder.name)
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder.processor)
             whole = self.render(self._conversation(_QUESTION, _ANSWER))
             prompt = self.render(self._conversation(_QUESTION), add_generation_prompt=True)
         except BadInput:
             raise
         except Exception as error:  # of tokenizers, of transformers, and of jinja2, which runs in a sandbox
             raise BadInput(
-                f"{folder.name}: tokenizer, chat template or image processor in {folder.path} cannot be "
+                f"{folder.name}: tokenizer, chat template or image processor in {folder.processor} cannot be "
                 f"used: {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
         wrong = [

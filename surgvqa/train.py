@@ -55,6 +55,7 @@ from surgvqa.run import (
     end,
     first_weights,
     identity,
+    newest_whole,
     owned,
     record_changes,
     record_skipped,
@@ -102,7 +103,7 @@ def _run(settings: Recipe, stop: Stop, *, fresh: bool, accept_changes: bool) -> 
     """What `train` does; raises Stopped where `stop` is asked before the first step."""
     run, ending = Path(settings.output), None
     lost = partial(end, run, PEER_LOST)
-    accelerator = processes.start(settings.model.name)
+    accelerator = processes.start()
     with (
         owned(run, accelerator, stop) as ended,
         Peers(accelerator, settings.train.peer_timeout, lost, stop) as peers,
@@ -134,7 +135,12 @@ def _train(
 
     # The data, and everything that can be wrong with it.
     compute = processes.compute(settings.train.precision, settings.model.attn, device)
-    prepared = prepare(settings, accelerator, progress=main)
+    # A run that goes on has all it needs in its own checkpoints.
+    going_on = None if fresh else main_first(accelerator, lambda: newest_whole(run))
+    begin = None if going_on else main_first(accelerator, lambda: first_weights(settings))
+    prepared = prepare(
+        settings, accelerator, progress=main, checkpoint=going_on or begin, accept_changes=accept_changes
+    ).identified(accelerator)
     questions = prepared.questions("train")
     plan = prepared.plan(questions)
     validation = Validation(prepared) if settings.eval.every else None
@@ -155,12 +161,15 @@ def _train(
     # Only the main process reads or writes checkpoints, and of much data these take seconds.
     fingerprint = prepared.fingerprint() if main else {}
     judged = validation.judged if validation and main else None
-    resume = main_first(accelerator, lambda: resumable(run, settings, fingerprint, accept_changes, judged))
+    resume = None
+    if going_on:
+        resume = main_first(
+            accelerator, lambda: resumable(going_on, settings, fingerprint, accept_changes, judged)
+        )
+    changes = [*(resume.changes if resume else ()), *prepared.base_changes]
     start, best, stale = (resume.step, resume.best, resume.stale) if resume else (0, checkpoint.UNSCORED, 0)
     evaluate_every = _interval(settings.eval.every, plan.steps_per_epoch) if validation else 0
     main_first(accelerator, lambda: _room(prepared, start, total, evaluate_every, resume))
-    # A run that goes on has all it needs in its own checkpoints.
-    begin = None if resume else main_first(accelerator, lambda: first_weights(settings))
     adapter = resume.adapter if resume else identity(begin) if begin else None
     network = prepared.network(resume.folder if resume else begin)
     network.train().to(device)
@@ -192,8 +201,7 @@ def _train(
             wrong = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise BadInput(f"{resume.folder}: its optimizer is that of another model; {wrong}") from None
     if main:
-        if resume:
-            record_changes(run, resume)
+        record_changes(run, start, changes)
         checkpoint.write_text(run / "recipe.yaml", settings.dump())
         record_skipped(run, prepared.skipped)
         record_start(run, start, processes.environment(accelerator))
@@ -203,6 +211,8 @@ def _train(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     saved = start
+    # Read now: the folder that they are read from may change or be deleted before a checkpoint is written.
+    processor = hub.processor_files(prepared.folder) if main else {}
 
     def save(step: int, score: checkpoint.Score | None, settled: bool) -> None:
         """Begin to write a checkpoint. Raises NumericFailure instead where weights are NaN or infinite.
@@ -226,11 +236,12 @@ def _train(
             "settled": settled,
             "adapter": adapter,
             "fitted": [*conditions, fitting.tokens_per_micro_batch],
+            "base": prepared.base.model_dump() if prepared.base else None,
         }
 
         def fill(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
             model.save(network, folder, weights)
-            hub.copy_processor(prepared.folder, folder)
+            hub.write_processor(processor, folder)
             save_file(moments, folder / OPTIMIZER)
             checkpoint.write_text(folder / RECIPE, settings.dump())
             checkpoint.write_json(folder / checkpoint.STATE, state)
@@ -532,7 +543,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="start over, deleting what a former run left")
     parser.add_argument("--yes", action="store_true", help="confirm --fresh")
     parser.add_argument(
-        "--accept-changes", action="store_true", help="go on though recipe or data changed, and record how"
+        "--accept-changes",
+        action="store_true",
+        help="go on though recipe, data or base model changed, and record how",
     )
     forgiving_streams()
     given = parser.parse_intermixed_args(argv)

@@ -328,7 +328,7 @@ def test_units_that_the_data_proves_or_not(tmp_path: Path, capsys: pytest.Captur
     code, text = told([250, 250, 500, 500], [10, 20, 30, 900])
     assert code == 0
     assert (
-        "2 boxes in texts without a unit are taken to be thousandths of the sides: 1 of them with corners outside"
+        "without a unit are taken to be thousandths of the sides: 1 of them with corners outside of its image"
         in text
     )
     assert "boxes: 2 read from texts: JSON 2" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from conftest import write_jsonl
 from PIL import Image
 
-from surgvqa import cli
+from surgvqa import cli, hub
 
 RECIPE = """
 model: {name: tiny-qwen3-vl, tune: full, train_vision: true, train_merger: true}
@@ -246,8 +247,40 @@ def test_a_real_model_does_not_train_on_the_cpu_by_mistake(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    said = fails(recipe, capsys, "model.name=Qwen/Qwen2-VL-7B-Instruct")
-    assert "no GPU that CUDA can use, and Qwen/Qwen2-VL-7B-Instruct would take weeks on the CPU" in said
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    folder = Path(shutil.copytree(hub.find("tiny-qwen2-vl").path, recipe.parent / "model"))
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "intermediate_size": 10**7}))
+    (recipe.parent / "data" / "2.png").unlink()
+    said = fails(recipe, capsys, f"model.name={folder}")
+    assert f"no GPU that CUDA can use, and {folder} would take weeks on the CPU: it has" in said
+    assert "2.png" not in said, "found at once, before images are decoded"
+    # What is wrong with the model itself is told first.
+    file.write_text(json.dumps({**config, "intermediate_size": 10**7, "model_type": "qwen2_5_vl"}))
+    for command in ("train", "check"):
+        said = fails(recipe, capsys, f"model.name={folder}", command=command)
+        assert "model_type is 'qwen2_5_vl'" in said
+        assert "weeks" not in said
+
+
+def test_a_small_model_in_a_folder_trains_on_the_cpu(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    folder = Path(shutil.copytree(hub.find("tiny-qwen3-vl").path, recipe.parent / "model"))
+    assert "weights missing: model.safetensors" in fails(recipe, capsys, f"model.name={folder}")
+
+
+def test_what_is_wrong_with_the_model_is_among_the_errors_of_check(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for word in ("model.name=./nosuch", f"model.name={recipe.parent}"):
+        assert cli.main(["check", str(recipe), word, "--out", str(tmp_path / "audit")]) == 2
+        assert capsys.readouterr().out.splitlines()[-1].startswith(f"{recipe}: 1 error, ")
+    written = json.loads((tmp_path / "audit" / recipe.stem / "audit.json").read_text())
+    assert [each["severity"] for each in written["problems"]].count("error") == 1
 
 
 def test_another_part_has_files_of_its_own(recipe: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from conftest import SHARED, noise_image, write_jsonl
 from PIL import Image
 
-from surgvqa import cli, recipe
+from surgvqa import checkpoint, cli, recipe
 from surgvqa.prepare import prepare
 from surgvqa.recipe import BadInput
 from surgvqa.run import resumable
@@ -283,17 +283,18 @@ CHANGES: dict[str, tuple[Callable[[list[Any]], list[Any]], str]] = {
 def test_changed_data_is_refused_with_the_difference(data: Path, capsys: Capture) -> None:
     assert surgvqa(data, "train", "eval.final=null") == 0
     settings, original = recipe.load(data.parent / "small.yaml"), rows(data)
+    ((_, saved),) = checkpoint.steps(Path(settings.output) / "checkpoints")
 
     def refused(why: str) -> None:
         fingerprint = prepare(settings).fingerprint()
         with pytest.raises(BadInput, match=f"the training data: {why}"):
-            resumable(Path(settings.output), settings, fingerprint)
+            resumable(saved, settings, fingerprint)
 
     for change, why in CHANGES.values():
         write(data, change(original))
         refused(why)
     write(data, original)
-    assert resumable(Path(settings.output), settings, prepare(settings).fingerprint())
+    assert resumable(saved, settings, prepare(settings).fingerprint()).changes == []
     noise_image(80, 80, 77).save(data / "0.png")
     refused("the bytes of images changed")
     write(data, _changed(original))

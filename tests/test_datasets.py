@@ -76,7 +76,14 @@ def test_every_column(folder: Path) -> None:
         ),
     )
     (first, second, third), problems = read(file)
-    assert problems == []
+    assert [(p.what, p.quiet) for p in problems] == [
+        ("columns that are not used: extra", True),
+        (
+            "1 row has a list of several answers; the first is trained on, and each counts as right; set "
+            "data.list_answers: join where all belong to the answer, else alternatives",
+            False,
+        ),
+    ]
     assert (first.id, first.answers, first.group, first.split, first.stage) == (
         "questions:1",
         ("yes",),
@@ -129,7 +136,7 @@ BAD_FIELDS = [
     ({"answer": {"text": "x"}}, "answer is an object instead of text"),
     ({"question": "a\0b"}, "question holds a NUL byte"),
     ({"question": "\ud800"}, "question holds bytes that are not UTF-8"),
-    ({"split": "dev"}, "split is 'dev'; it must be train, val or test"),
+    ({"split": "fold1"}, "split is 'fold1'; it must be train, val or test"),
     ({"stage": "first"}, "stage is 'first'; it must be a whole number"),
     ({"stage": 1.5}, "stage is '1.5'"),
     ({"stage": True}, "stage is true or false"),
@@ -266,7 +273,11 @@ def test_a_folder_of_parts(folder: Path) -> None:
     dataset = load("jsonl", str(folder))
     assert [len(dataset.part(part)) for part in ("train", "val", "test")] == [2, 1, 0]
     assert whats(list(dataset.problems)) == [
-        "test-00000-of-00001.jsonl:1: split is 'train', but the file's name says test"
+        "test-00000-of-00001.jsonl:1: split is 'train', but the file's name says test; if the column means "
+        "something else, set data.columns: {split: null}"
+    ]
+    assert dataset.unused == [
+        f"{folder}: tables that are not read, since their names stand for no part: notes.jsonl"
     ]
     (folder / "train.csv").write_text("image,question,answer\n")
     with pytest.raises(recipe.BadInput, match="tables of several kinds"):
@@ -292,7 +303,8 @@ def test_nothing_to_read(tmp_path: Path) -> None:
 def test_duplicate_id_names_both_places(folder: Path) -> None:
     dataset = load("jsonl", str(jsonl(folder / "train.jsonl", row(id="x"), row(id="x"))))
     assert whats(list(dataset.problems)) == [
-        f"train.jsonl:2: id 'x' is already used at {folder}/train.jsonl:1"
+        f"train.jsonl:2: id 'x' is already used at {folder}/train.jsonl:1; if the column names no question, "
+        "set data.columns: {id: null}"
     ]
 
 
@@ -343,6 +355,7 @@ def test_parquet_of_paths_and_of_bytes(folder: Path) -> None:
     )
     assert [(e.image_key, e.answers) for e in examples] == [("a.png\nb.png", ("yes", "y"))]
     assert "leads out of" in problems[0].what
+    texts["answer"] = [["yes"], ["no"]]
     examples, problems = read(parquet(folder / "s.parquet", {"image": ["a.png", "b.png"]} | texts))
     assert ([e.image_key for e in examples], problems) == (["a.png", "b.png"], [])
     cells = [{"bytes": data, "path": None} for data in (PIXEL, OTHER_PIXEL, PIXEL)]

@@ -18,16 +18,16 @@ PACKAGE = ROOT / "surgvqa"
 ORDER = [
     "demo", "recipe", "terminal", "endings", "datasets", "letterbox", "augment", "corrupt", "scan",
     "grounding", "metrics", "intervals", "nlg", "scores", "results", "comparison", "audit", "export", "hub",
-    "findings", "report", "tokens", "tree", "plan", "attention", "model", "flops", "loss", "processes",
-    "peers", "memory", "checkpoint", "decode", "prepare", "pictures", "sources", "evaluation", "validation",
-    "evaluate", "predictor", "plots", "banner", "lock", "run", "replay", "train", "show", "launch", "slurm",
-    "cli",
+    "digests", "findings", "report", "tokens", "tree", "plan", "attention", "model", "flops", "loss",
+    "processes", "peers", "memory", "checkpoint", "decode", "prepare", "pictures", "sources", "evaluation",
+    "validation", "evaluate", "predictor", "plots", "banner", "lock", "run", "replay", "train", "show",
+    "launch", "slurm", "cli",
 ]  # fmt: skip
 """The data's path, and so the order in which to read."""
 NO_TORCH = [
     "demo.scenes", "recipe", "terminal", "datasets", "letterbox", "augment", "corrupt", "scan", "grounding",
-    "metrics", "scores", "results", "comparison", "audit", "export", "hub", "findings", "plots", "report",
-    "launch", "slurm", "cli",
+    "metrics", "scores", "results", "comparison", "audit", "export", "hub", "digests", "findings", "plots",
+    "report", "launch", "slurm", "cli",
 ]  # fmt: skip
 
 

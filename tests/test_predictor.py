@@ -264,6 +264,10 @@ def test_a_real_model_computes_on_the_cpu_only_if_that_is_asked_for(
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="weights missing"):
+        surgvqa.load_predictor(tmp_path / "model")  # it is small
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "intermediate_size": 10**7}))
     with pytest.raises(BadInput, match="no GPU that CUDA can use"):
         surgvqa.load_predictor(tmp_path / "model")
     with pytest.raises(BadInput, match="weights missing"):

@@ -419,7 +419,7 @@ def test_a_state_of_other_types_is_refused(place: Place, state: str) -> None:
     (place.saved / "trainer/state.json").write_text(state)
     place.sign()
     with pytest.raises(BadInput, match=r"state\.json: (not a checkpoint's state|says step -5)"):
-        resumable(place.run, recipe.load("recipe.yaml"), {})
+        resumable(place.saved, recipe.load("recipe.yaml"), {})
 
 
 def test_another_models_adapters_and_optimizer_are_refused(

@@ -215,6 +215,97 @@ def test_a_local_folder_is_found(folder: Path) -> None:
     assert ChatTokens(found).end_of_turn > 0
 
 
+def as_transformers_5_writes_it(folder: Path) -> None:
+    """Put the image processor into processor_config.json and the chat template into a file of its own."""
+    settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    (folder / "preprocessor_config.json").unlink()
+    nested = {"image_processor": settings, "processor_class": "Qwen3VLProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(nested), encoding="utf-8")
+    template = hub.chat_template(folder, "")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("chat_template", None)
+    file.write_text(json.dumps(config), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def same_inputs(before: ChatTokens, after: ChatTokens) -> None:
+    """Check that two folders give the same tokens and the same patches."""
+    example = Example("1", (ImageRef("a"),), "Is there bleeding?", ("no",), "yes_no")
+    assert np.array_equal(before.root([(2, 3)]).ids, after.root([(2, 3)]).ids)
+    assert np.array_equal(before.branches([example])[0].ids, after.branches([example])[0].ids)
+    side = 2 * before.folder.factor
+    canvas = noise_image(side, side, 1)
+    assert np.array_equal(before.patches(canvas), after.patches(canvas))
+    assert before.folder.special_tokens == after.folder.special_tokens
+
+
+def test_a_folder_as_transformers_5_writes_it_gives_the_same_inputs(folder: Path) -> None:
+    before = ChatTokens(hub.find(str(folder)))
+    mean = before.image_processor.image_mean
+    as_transformers_5_writes_it(folder)
+    same_inputs(before, ChatTokens(hub.find(str(folder))))
+    # What transformers prefers where both are there.
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.9, 0.9, 0.9]}))
+    assert hub.image_processor(folder, "")["image_mean"] == list(mean)
+    assert ChatTokens(hub.find(str(folder))).image_processor.image_mean == mean
+    # An older processor_config.json has no image processor in it.
+    (folder / "processor_config.json").write_text('{"processor_class": "Qwen3VLProcessor"}')
+    assert hub.image_processor(folder, "")["image_mean"] == [0.9, 0.9, 0.9]
+    assert ChatTokens(hub.find(str(folder))).image_processor.image_mean == (0.9, 0.9, 0.9)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(
+        BadInput, match=r"settings are missing: .*processor_config\.json has no image_processor"
+    ):
+        hub.find(str(folder))
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(BadInput, match=r"settings are missing: .*preprocessor_config\.json"):
+        hub.find(str(folder))
+
+
+@pytest.mark.parametrize("name", REAL.values())
+def test_a_real_folder_as_transformers_5_writes_it_gives_the_same_inputs(
+    shared: Path, tmp_path: Path, name: str
+) -> None:
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in (shared / "qwen" / name).iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    before = ChatTokens(hub.find(str(copy)))
+    as_transformers_5_writes_it(copy)
+    same_inputs(before, ChatTokens(hub.find(str(copy))))
+
+
+def test_a_chat_template_is_found_wherever_transformers_looks_for_it(folder: Path) -> None:
+    """Each place alone, then the first of those that have one."""
+    text = hub.chat_template(folder, "")
+    files = ("processor_config.json", "chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for file in files:
+        (folder / file).unlink(missing_ok=True)
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": text}]
+    forms = [text, named, {"tool_use": "no", "default": text}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": None}))
+    with pytest.raises(BadInput, match="no chat template"):
+        hub.chat_template(folder, "")
+    for form in forms:
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": form}))
+        assert hub.chat_template(folder, "") == text
+        assert ChatTokens(hub.find(str(folder))).tokenizer.chat_template == text
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "tokenizer's"}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
+    assert hub.chat_template(folder, "") == "json"
+    (folder / "chat_template.jinja").write_text("jinja")
+    assert hub.chat_template(folder, "") == "jinja"
+    (folder / "processor_config.json").write_text(json.dumps({"chat_template": "processor's"}))
+    assert hub.chat_template(folder, "") == "processor's"
+    for wrong in ({"chat_template": 3}, {"chat_template": [{"name": "other"}]}):
+        (folder / "processor_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(BadInput, match="cannot be used"):
+            hub.chat_template(folder, "")
+
+
 def test_a_folder_without_vocabulary_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(BadInput, match=r"no vocabulary: neither tokenizer.json nor vocab.json"):

@@ -730,8 +730,7 @@ def test_saves_to_come_are_counted(settings: Any, monkeypatch: pytest.MonkeyPatc
 def test_norms_of_the_last_steps_are_known_again(settings: Any) -> None:
     run = train.train(settings())
     prepared = prepare(settings())
-    resume = resumable(run, settings(), prepared.fingerprint())
-    assert resume is not None
+    resume = resumable(run / "checkpoints/step-000004", settings(), prepared.fingerprint())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert resume.norms == [row["grad_norm"] for row in rows]
     assert len(resume.norms) == 4

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgvqa.recipe import BadInput, Data, Part
+from surgvqa.recipe import MAPPED, BadInput, Data, Part
 from surgvqa.terminal import tracked
 
 MODULES = {
@@ -182,6 +182,8 @@ class Problem:
     """Whether it is about a table or all of the data: nothing that `data.on_error: skip` can leave out."""
     images: tuple[str, ...] = ()
     """Keys of images to look at."""
+    quiet: bool = False
+    """Whether it only says what is not used of the data, for `surgvqa check` to list."""
 
     def __post_init__(self) -> None:
         """What is no UTF-8 in the data is escaped, so that a problem can be written anywhere."""
@@ -203,6 +205,8 @@ def type_of(question: str, forms: Mapping[str, str]) -> str:
 class Dataset:
     examples: Sequence[Example]
     problems: Sequence[Problem]
+    unused: Sequence[str] = ()
+    """What of the data is not used, such as files, columns and further answers, each with its place."""
     leaky: bool = False
     """Whether its split is a corpus's own that is known to have images in several parts."""
 
@@ -267,6 +271,7 @@ def load(data: Data, *, progress: bool = False) -> Dataset:
     """
     examples: list[Example] = []
     problems: list[Problem] = []
+    unused: list[str] = []
     first_place: dict[str, str] = {}
     shared = _Shared()
     for number, source in enumerate(data.sources):
@@ -276,12 +281,18 @@ def load(data: Data, *, progress: bool = False) -> Dataset:
             rows = tracked(rows, f"reading {Path(source.path or source.format).name}", of="rows")
         for row in rows:
             if isinstance(row, Problem):
-                problems.append(row)
+                if row.quiet:
+                    unused.append(str(row))
+                else:
+                    problems.append(row)
                 continue
             example = _numbered(row, number) if number else row
             if example.id in first_place:
                 where = first_place[example.id]
-                problems.append(Problem(example.place, f"id {example.id!r} is already used at {where}"))
+                what = f"id {example.id!r} is already used at {where}"
+                if source.format in MAPPED:
+                    what += "; if the column names no question, set data.columns: {id: null}"
+                problems.append(Problem(example.place, what))
             else:
                 first_place[example.id] = example.place
                 examples.append(shared(example))
@@ -297,7 +308,7 @@ def load(data: Data, *, progress: bool = False) -> Dataset:
         examples, found = _of_stages(examples, data.stages)
         problems += found
     leaky = data.split.by == "official" and all(source.format in LEAKY for source in data.sources)
-    return Dataset(examples, problems, leaky)
+    return Dataset(examples, problems, unused, leaky)
 
 
 class _Shared:

@@ -84,18 +84,20 @@ def read(source: Source) -> Iterator[Example | Problem]:
     names = ("image", "conversations") if source.format == "llava" else ("images", "messages")
     needed, wanted = tables.columns(source, names, _OPTIONAL)
     must = needed if names[0] in source.columns else needed[1:]  # images may also be in the messages
-    for file in tables.part_files(
-        Path(source.path or "."), (".json", ".jsonl", ".parquet"), roots=source.roots
-    ):
+    path, suffixes = Path(source.path or "."), (".json", ".jsonl", ".parquet")
+    files = tables.part_files(path, suffixes, roots=source.roots)
+    yield from tables.unread_files(path, files)
+    used = {theirs for name in (*names, *_OPTIONAL) for theirs in tables.names_of(source.columns, name)}
+    for file in files:
         told, seen = _Told(), dict[str, None]()
         images, elsewhere = Images(file.parent, source.roots), _Elsewhere()
         for row in rows_of(file, must, [needed[0], *wanted], needed[0]):
             if isinstance(row, Problem):
                 yield row
                 continue
-            seen.update(dict.fromkeys(row.fields))
+            seen.update(dict.fromkeys((*row.fields, *row.unread)))
             yield from _examples(row, source, file, names, images, elsewhere, told)
-        yield from tables.unknown_columns(str(file), source.columns, seen)
+        yield from tables.unknown_columns(str(file), source.columns, seen, used)
         yield from elsewhere.problems(str(file))
         yield from told.problems(str(file))
 

@@ -13,19 +13,25 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from surgvqa.datasets import ImageRef, Problem
+from surgvqa.datasets.remote import unreachable
 from surgvqa.recipe import BadInput
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 _PIECE = 2**20
 _LONGEST = 2**26
-"""Characters read from a JSON list at a time, and the most that one of its rows may have."""
+"""Characters read from a JSON list at a time, and the most that a row may have."""
+
+_READ = (*SUFFIXES, ".arrow", ".txt", ".md", ".yaml", ".yml")
+"""Files whose content decides what is read of a folder for the hub."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +42,42 @@ class Row:
     number: int
     """Counts from 1: the line of JSON lines, else the record, without CSV's header."""
     fields: dict[str, Any]
+    unread: tuple[str, ...] = ()
+    """Further columns of its table, which were not asked for."""
 
 
 def rows_of(
-    file: Path, needed: Sequence[str], wanted: Sequence[str] = (), image: str = "image"
+    file: Path, needed: Sequence[str], wanted: Sequence[str] = (), image: str | Sequence[str] = "image"
 ) -> Iterator[Row | Problem]:
-    """The rows of a file of the kind that its suffix says.
+    """Yield the rows of a file of the kind that its suffix says.
 
     Where the file itself names its columns (CSV, Parquet), lacking one of `needed` is a Problem, and Parquet
-    yields only these and `wanted`. Images embedded in Parquet's column `image` come as ImageRefs.
+    yields only these and `wanted`. Images embedded in Parquet's column or columns `image` come as ImageRefs.
     """
     suffix = file.suffix.lower()
-    if suffix == ".parquet":
+    if is_lfs_pointer(file):
+        what = "is a Git LFS pointer, not the data; fetch it with `git lfs pull` in its folder"
+        yield Problem(str(file), what, whole=True)
+    elif suffix == ".parquet":
         try:
             table = open_parquet([file], image)
         except ValueError as error:
             yield Problem(str(file), str(error), whole=True)
             return
         yield from table_rows(table, str(file), needed, wanted, image)
-    elif suffix == ".csv":
+    elif suffix in (".csv", ".tsv"):
         yield from csv_rows(file, needed)
     else:
         yield from json_rows(file) if suffix == ".json" else jsonl_rows(file)
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Return whether a file is what Git leaves of a large one until `git lfs pull`."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
 
 
 def as_text(value: object) -> str:
@@ -127,13 +147,18 @@ def jsonl_rows(file: Path) -> Iterator[Row | Problem]:
         yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
     with lines:
-        name, decoder = str(file), _Decoder()
-        for number, line in enumerate(lines, start=1):
+        name, number, decoder = str(file), 0, _Decoder()
+        while line := lines.readline(_LONGEST + 1):
+            number += 1
+            place = f"{name}:{number}"
+            if len(line) > _LONGEST:
+                yield Problem(place, _TOO_LONG)
+                _skip_line(lines, line)
+                continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
-            place = f"{name}:{number}"
             decoder.wrong = ""
             try:
                 value = decoder.decode(line.rstrip(b"\r\n").decode())
@@ -147,13 +172,26 @@ def jsonl_rows(file: Path) -> Iterator[Row | Problem]:
                 yield decoder.row(value, place, number)
 
 
+_TOO_LONG = f"is a row of more than {_LONGEST >> 20} MiB; no question is so long"
+
+
+def _skip_line(stream: IO[Any], line: str | bytes) -> None:
+    """Read on to the end of a line of which `line` is the first piece."""
+    end = line[:0] + (b"\n" if isinstance(line, bytes) else "\n")  # type: ignore[operator]  # of one kind
+    while line and not line.endswith(end):  # type: ignore[arg-type]
+        line = stream.readline(_PIECE)
+
+
 def _told(error: json.JSONDecodeError) -> str:
     """What is wrong; some of json's messages end in " at", for a place to follow."""
     return error.msg.removesuffix(" at")
 
 
 def json_rows(file: Path) -> Iterator[Row | Problem]:
-    """The objects of one JSON list. Past an error of syntax nothing can be read, and the Problem says so."""
+    """Yield the objects of one JSON list, or of one object of objects, whose keys are their default ids.
+
+    Past an error of syntax nothing can be read, and the Problem says so.
+    """
     try:
         # Bytes that are not UTF-8 pass as lone surrogates here and are refused by `as_text`.
         stream = file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -161,25 +199,18 @@ def json_rows(file: Path) -> Iterator[Row | Problem]:
         yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
     with stream:
-        text, decoder, number = _Pieces(stream), _Decoder(), 0
+        text, number = _Pieces(stream), 0
         first = text.next()
-        if first != "[":
-            found = {"": "is empty", "{": "begins with an object"}.get(first, f"begins with {first!r}")
-            hint = "; name it .jsonl if it is one object per line" if first == "{" else ""
-            yield Problem(str(file), f"{found}; it must be a list of objects, in [ and ]{hint}", whole=True)
+        if first not in ("[", "{"):
+            found = f"begins with {first!r}" if first else "is empty"
+            yield Problem(str(file), f"{found}; it must be a list of objects, in [ and ]", whole=True)
             return
-        text.at += 1
         try:
-            while text.next() != "]" or number:
-                decoder.wrong = ""
-                value = text.value(decoder)
+            for row in _elements(text, file, first == "{"):
                 number += 1
-                yield decoder.row(value, f"{file}: row {number}", number)
-                if (mark := text.next()) == "]":
-                    break
-                if mark != ",":
-                    raise json.JSONDecodeError("Expecting ',' or ']'", text.held, text.at)
-                text.at += 1
+                yield row
+                if isinstance(row, Problem) and row.whole:
+                    return
         except json.JSONDecodeError as error:
             place = f"{file}:{text.line + error.lineno - 1}"
             column = error.colno + (text.column if error.lineno == 1 else 0)
@@ -189,10 +220,46 @@ def json_rows(file: Path) -> Iterator[Row | Problem]:
         except RecursionError as error:
             what = f"is not usable JSON: {error}; row {number + 1} and what follows it cannot be read"
             yield Problem(str(file), what, whole=True)
+        except OverflowError:
+            what = f"{_TOO_LONG}; row {number + 1} and what follows it cannot be read"
+            yield Problem(f"{file}:{text.line}", what, whole=True)
         else:
             text.at += 1
             if text.next():
-                yield Problem(str(file), "has text after the list's closing ]", whole=True)
+                end = "object's closing }" if first == "{" else "list's closing ]"
+                yield Problem(str(file), f"has text after the {end}", whole=True)
+
+
+def _elements(text: _Pieces, file: Path, keyed: bool) -> Iterator[Row | Problem]:
+    """Yield the rows of the list, or of the object if `keyed`, that begins at `text.at`; go on to its end.
+
+    Raises JSONDecodeError, RecursionError, and OverflowError where a row is too long.
+    """
+    decoder, number, last = _Decoder(), 0, "}" if keyed else "]"
+    text.at += 1
+    while text.next() != last or number:
+        decoder.wrong, key = "", None
+        if keyed:
+            key = text.value(decoder)
+            if not isinstance(key, str):
+                raise json.JSONDecodeError("Expecting a name in quotation marks", text.held, text.at)
+            text.pass_by(":")
+        value = text.value(decoder)
+        number += 1
+        if keyed and not isinstance(value, dict):
+            what = (
+                f"begins with an object whose {key!r} is {kind_of(value)}; it must be a list of objects, "
+                "in [ and ], or an object of objects; name it .jsonl if it is one object per line"
+            )
+            yield Problem(str(file), what, whole=True)
+            return
+        row = decoder.row(value, f"{file}: row {number}", number)
+        if keyed and isinstance(row, Row):
+            row.fields.setdefault("id", key)
+        yield row
+        if text.next() == last:
+            break
+        text.pass_by(",", f"',' or '{last}'")
 
 
 class _Pieces:
@@ -225,14 +292,25 @@ class _Pieces:
             if not self._more():
                 return ""
 
+    def pass_by(self, mark: str, expected: str = "") -> None:
+        """Go past a mark. Raises JSONDecodeError where something else is next."""
+        if self.next() != mark:
+            raise json.JSONDecodeError(f"Expecting {expected or repr(mark)}", self.held, self.at)
+        self.at += 1
+
     def value(self, decoder: json.JSONDecoder) -> object:
-        """The JSON value that is next. Raises JSONDecodeError, or RecursionError if it is too deep."""
+        """Return the JSON value that is next.
+
+        Raises JSONDecodeError, RecursionError if it is too deep, or OverflowError if it is too long.
+        """
         self.next()
         while True:
             try:
                 value, end = decoder.raw_decode(self.held, self.at)
             except json.JSONDecodeError:
-                if len(self.held) - self.at > _LONGEST or not self._more():
+                if len(self.held) - self.at > _LONGEST:
+                    raise OverflowError from None
+                if not self._more():
                     raise
             else:
                 if end < len(self.held) or not self._more():  # at the end of a piece 12 may be 123
@@ -240,122 +318,232 @@ class _Pieces:
                     return value
 
 
+class _Lines:
+    """The lines of a text file, counted, none of them and no record of them too long for memory."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.count = 0
+        self.held = 0
+        """Characters since this was set to 0."""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        """Raises OverflowError where the record is too long; the line with which it is has been passed."""
+        line = self._stream.readline(_LONGEST + 1)
+        if not line:
+            raise StopIteration
+        self.count += 1
+        self.held += len(line)
+        if self.held > _LONGEST:
+            _skip_line(self._stream, line)
+            raise OverflowError
+        return line
+
+
+def _separator(lines: TextIO, file: Path, columns: Sequence[str]) -> str:
+    """Return what separates the names in the first line so that all of `columns` are there; else a comma."""
+    if file.suffix.lower() == ".tsv":
+        return "\t"
+    names = lines.readline(_PIECE)
+    lines.seek(0)
+    held = {
+        mark: {name.strip().strip('"') for name in names.split(mark)}.issuperset(columns) for mark in ",;\t|"
+    }
+    return next((mark for mark, right in held.items() if right), ",")
+
+
 def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer")) -> Iterator[Row | Problem]:
-    """Records of a comma-separated UTF-8 file whose first one names at least `columns`."""
+    """Yield the records of a UTF-8 file whose first one names at least `columns`.
+
+    Fields are separated by tabs in .tsv, else by what separates those names: `,`, `;`, a tab or `|`.
+    """
     try:
         # Bytes that are not UTF-8 pass as lone surrogates here and are refused by `as_text`.
-        lines = file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+        stream = file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
         yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
-    with lines:
-        reader = csv.reader(lines, strict=True)
+    with stream:
+        separator = _separator(stream, file, columns)
+        lines = _Lines(stream)
+        reader = csv.reader(lines, strict=True, delimiter=separator)
         header: list[str] | None = None
-        number, line = 0, 1
+        number = 0
         while True:
+            line, lines.held = lines.count + 1, 0
             place = f"{file}:{line}"
             try:
                 values = next(reader)
             except StopIteration:
                 return
-            except csv.Error as error:
+            except (csv.Error, OverflowError) as error:
                 # A quotation mark too many or too few may have made one record of many.
-                many = reader.line_num > line
-                where = f"; what is up to line {reader.line_num} cannot be read" if many else ""
-                yield Problem(place, f"is not valid CSV: {error}{where}", whole=many)
+                many = lines.count > line
+                where = f"; what is up to line {lines.count} cannot be read" if many else ""
+                what = f"is not valid CSV: {error}" if isinstance(error, csv.Error) else _TOO_LONG
+                yield Problem(place, f"{what}{where}", whole=many)
                 values = []
-            first, line = line, reader.line_num + 1
             if header is None:
                 header = [name.strip() for name in values]
-                if missing := [name for name in columns if name not in header]:
-                    yield Problem(
-                        place,
-                        f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}",
-                        whole=True,
-                    )
-                    return
-                if twice := sorted({name for name in columns if header.count(name) > 1}):
-                    yield Problem(place, f"has the columns {', '.join(twice)} more than once", whole=True)
+                if wrong := _wrong_header(header, columns):
+                    yield Problem(place, wrong, whole=True)
                     return
             elif values:
                 number += 1
                 if len(values) == len(header):
                     yield Row(place, number, dict(zip(header, values, strict=True)))
                 else:
-                    many = line - first > 1
-                    where = f", up to line {line - 1}" if many else ""
+                    many = lines.count > line
+                    where = f", up to line {lines.count}" if many else ""
                     what = f"has {len(values)} fields instead of {len(header)}{where}"
                     yield Problem(place, what, whole=many)
 
 
-def open_parquet(files: Sequence[Path], image: str = "image") -> Any:
-    """A `datasets.Dataset` of Parquet files, memory-mapped from a copy in the library's cache.
+def _wrong_header(header: Sequence[str], columns: Sequence[str]) -> str:
+    """Return what is wrong with the names of a CSV file's columns, "" if nothing is."""
+    if missing := [name for name in columns if name not in header]:
+        return f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}"
+    if twice := sorted({name for name in columns if header.count(name) > 1}):
+        return f"has the columns {', '.join(twice)} more than once"
+    return ""
 
-    Embedded images stay encoded. Raises ValueError with what is wrong.
+
+def open_parquet(files: Sequence[Path], image: str | Sequence[str] = "image") -> Any:
+    """Return a `datasets.Dataset` of Parquet files, memory-mapped from a copy in the library's cache.
+
+    The copy is found by what is in the files. Embedded images stay encoded. Raises ValueError with what is
+    wrong.
     """
     import datasets  # takes a second, and only tables of its kind need it; it brings no torch
 
     try:
+        digest = _digest(files)
         # Names are patterns to `datasets`, hence the escape.
         names = [glob.escape(str(file.resolve())) for file in files]
-        return encoded(datasets.load_dataset("parquet", data_files=names, split="train"), image)
+        table = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=_copies(digest))
+        table._fingerprint = digest  # as `datasets` makes it, it is of times of change
+        return encoded(table, image)
     except Exception as error:  # from pyarrow, from fsspec or from datasets itself
         raise ValueError(f"cannot be read as Parquet: {' '.join(str(error).split())}") from None
 
 
+def _digest(files: Iterable[Path]) -> str:
+    """Return what tells files apart: their names, what is in those that are tables or describe some, and the
+    size and times of the others. Raises OSError."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file}\0".encode("utf-8", "surrogateescape"))
+        if file.suffix.lower() in _READ:
+            with file.open("rb") as stream:
+                while piece := stream.read(_PIECE):
+                    digest.update(piece)
+        else:
+            status = file.stat()
+            digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _copies(digest: str) -> str:
+    """Return the folder in which `datasets` keeps its copies of files with this digest.
+
+    Its own folder goes by paths and times of change, which other rows may have too.
+    """
+    import datasets
+
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "surgvqa" / digest)
+
+
 def open_hub(path: str, revision: str | None, subset: str | None = None, split: str | None = None) -> Any:
-    """What `datasets.load_dataset` makes of a hub id or folder: all splits by name, or the one asked for.
+    """Return what `datasets` makes of a hub id or folder: its splits by name, or the one asked for.
 
     A folder may also be what its `save_to_disk` wrote. Raises BadInput where nothing can be made of it.
     """
-    if not Path(path).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if Path(path).exists():
+        return _open_folder(Path(path), subset)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise BadInput(f"{path}: no such file or folder, and no hub id such as owner/name")
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    why = unreachable(f"the data set {path}")
+    owner, name = path.split("/")
+    copies = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{camelcase_to_snakecase(name)}"
+    if why and not copies.is_dir():
+        raise BadInput(
+            f"{path}: is no folder here, has no copy in {datasets.config.HF_DATASETS_CACHE}, and {why}"
+        )
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        datasets.config.HF_HUB_OFFLINE = before or bool(why)  # takes the copy at once
+        return datasets.load_dataset(
+            path, *filter(None, [subset]), revision=revision, **({"split": split} if split else {})
+        )
+    except Exception as error:  # no access, no such id, revision or subset
+        what = "is no folder here and cannot be had from the hub"
+        raise BadInput(f"{path}: {what}: {' '.join(str(error).split())}") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _open_folder(folder: Path, subset: str | None) -> dict[str, Any]:
+    """Return the splits of a folder that `datasets` loads, as what is in its files now. Raises BadInput."""
     # The library passes over what is no file, such as a link into a cache that has lost it.
-    tables = (file for file in Path(path).rglob("*") if file.suffix.lower() in (*SUFFIXES, ".arrow"))
+    entries = [path for path in folder.rglob("*") if not path.is_dir()]
+    tables = (file for file in entries if file.suffix.lower() in (*SUFFIXES, ".arrow"))
     if wrong := [str(file) for file in tables if not file.is_file()]:
         raise BadInput(f"{', '.join(wrong)}: is named as a table, but is not a file")
     import datasets
 
     try:
-        if (Path(path) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(path)
-        if (Path(path) / "state.json").is_file():
-            return {Path(path).name: datasets.load_from_disk(path)}
-        return datasets.load_dataset(
-            path, *filter(None, [subset]), revision=revision, **({"split": split} if split else {})
-        )
-    except Exception as error:  # no network, no access, no such id, revision or subset
-        what = "cannot be read" if Path(path).exists() else "is no folder here and cannot be had from the hub"
-        raise BadInput(f"{path}: {what}: {' '.join(str(error).split())}") from None
+        digest = _digest(entry for entry in entries if entry.is_file())
+        if (folder / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(str(folder))
+        elif (folder / "state.json").is_file():
+            splits = {folder.name: datasets.load_from_disk(str(folder))}
+        else:
+            splits = datasets.load_dataset(str(folder), *filter(None, [subset]), cache_dir=_copies(digest))
+    except Exception as error:
+        raise BadInput(f"{folder}: cannot be read: {' '.join(str(error).split())}") from None
+    for split, table in splits.items():
+        table._fingerprint = f"{digest}{split}"
+    return dict(splits)
 
 
-def encoded(table: Any, column: str = "image") -> Any:
-    """A `datasets.Dataset` whose column of embedded images, one or a list in a cell, is not decoded; one
-    without any as it is."""
+def encoded(table: Any, columns: str | Sequence[str] = "image") -> Any:
+    """Return a `datasets.Dataset` whose columns of embedded images, or of lists of them, are not decoded."""
     import datasets
 
-    kind = table.features.get(column)
-    many = isinstance(kind, datasets.List)
-    if many:
-        kind = kind.feature
-    embedded = isinstance(kind, (datasets.Image, dict)) or getattr(kind, "dtype", "") in (
-        "binary",
-        "large_binary",
-    )
-    image = datasets.Image(decode=False)
-    return table.cast_column(column, datasets.List(image) if many else image) if embedded else table
+    for column in [columns] if isinstance(columns, str) else columns:
+        kind = table.features.get(column)
+        many = isinstance(kind, datasets.List)
+        if many:
+            kind = kind.feature
+        dtype = getattr(kind, "dtype", "")
+        if isinstance(kind, (datasets.Image, dict)) or dtype in ("binary", "large_binary"):
+            image = datasets.Image(decode=False)
+            table = table.cast_column(column, datasets.List(image) if many else image)
+    return table
 
 
 def table_rows(
-    table: Any, place: str, needed: Sequence[str], wanted: Sequence[str] = (), image: str = "image"
+    table: Any,
+    place: str,
+    needed: Sequence[str],
+    wanted: Sequence[str] = (),
+    image: str | Sequence[str] = "image",
 ) -> Iterator[Row | Problem]:
-    """Rows of a `datasets.Dataset` that went through `encoded`; class numbers become their names."""
+    """Yield rows of a `datasets.Dataset` that went through `encoded`; class numbers become their names."""
     if missing := [name for name in needed if name not in table.column_names]:
         has = ", ".join(table.column_names)
         yield Problem(place, f"lacks the columns {', '.join(missing)}; it has {has}", whole=True)
         return
     names = [name for name in dict.fromkeys((*needed, *wanted)) if name in table.column_names]
+    unread = tuple(name for name in table.column_names if name not in names)
     classes = {name: table.features[name] for name in names if hasattr(table.features[name], "int2str")}
+    held = [name for name in ([image] if isinstance(image, str) else image) if name in names]
     refs: dict[str, ImageRef] = {}
     number = 0
     columns = table.select_columns(names).with_format("arrow")
@@ -365,20 +553,24 @@ def table_rows(
             if fields is None:
                 yield Problem(f"{place}: row {number}", "holds text that is not UTF-8")
                 continue
-            cell = fields.get(image)
-            if isinstance(cell, dict):
-                fields[image] = _embedded(cell, refs, ImageRef("", None, table, number - 1, image))
-            elif isinstance(cell, list):
-                fields[image] = [
-                    _embedded(one, refs, ImageRef("", None, table, number - 1, image, index))
-                    if isinstance(one, dict)
-                    else one
-                    for index, one in enumerate(cell)
-                ]
+            for name in held:
+                fields[name] = _cell(fields.get(name), refs, ImageRef("", None, table, number - 1, name))
             for name, kind in classes.items():
                 known = fields[name] is not None and 0 <= fields[name] < kind.num_classes  # -1 is none
                 fields[name] = kind.int2str(fields[name]) if known else None
-            yield Row(f"{place}: row {number}", number, fields)
+            yield Row(f"{place}: row {number}", number, fields, unread)
+
+
+def _cell(cell: Any, refs: dict[str, ImageRef], ref: ImageRef) -> Any:
+    """Return what a cell of a column of images holds, with ImageRefs for those that are embedded."""
+    if isinstance(cell, dict):
+        return _embedded(cell, refs, ref)
+    if isinstance(cell, list):
+        return [
+            _embedded(one, refs, replace(ref, index=index)) if isinstance(one, dict) else one
+            for index, one in enumerate(cell)
+        ]
+    return cell
 
 
 def _read(batch: Any) -> list[dict[str, Any] | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from surgvqa.datasets import Example, Problem, tables
+from surgvqa.datasets import Example, Problem, choices, tables
 from surgvqa.datasets.files import encoded, open_hub, table_rows
 from surgvqa.datasets.images import Images
 from surgvqa.recipe import Source
@@ -22,8 +22,10 @@ def read(source: Source) -> Iterator[Example | Problem]:
     # Files of a hub data set lie in its part of the cache.
     own = Path(path) if Path(path).exists() else Path(HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
     needed, wanted = tables.columns(source, tables.NEEDED, tables.OPTIONAL)
+    wanted += choices.NAMES
+    held = tables.names_of(source.columns, "image")
     images = Images(own, source.roots)
     for split, table in open_hub(path, source.revision, source.variant).items():
         place = f"{path} {split}"
-        rows = table_rows(encoded(table, needed[0]), place, needed, wanted, needed[0])
-        yield from tables.examples(rows, source, place, split, tables.PARTS.get(split), images)
+        rows = table_rows(encoded(table, held), place, needed, wanted, held)
+        yield from tables.examples(rows, source, place, split, tables.part_named(split), images)

@@ -10,6 +10,9 @@ from pathlib import Path, PureWindowsPath
 
 from surgvqa.datasets import ImageRef
 
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".tif", ".tiff", ".webp")
+"""What is tried behind a name that has no suffix, such as an image's id."""
+
 
 def leading_out(files: Iterable[Path], folder: Path, roots: Sequence[str] = ()) -> list[str]:
     """What is wrong with files found in a folder that are links out of it and of `roots`."""
@@ -43,11 +46,12 @@ class Images:
         """The regular file `name`, really inside one of the folders; its key is its path in there.
 
         A relative name is looked for in one folder after the other; the keys of those in `roots` begin with
-        that folder's name. Raises ValueError with what is wrong, to be put after the name.
+        that folder's name. A name that no file has may lack its suffix, where one file alone has it with
+        one. Raises ValueError with what is wrong, to be put after the name.
         """
         if name not in self._known:
             try:
-                self._known[name] = self._find(name)
+                self._known[name] = self._find(self._with_suffix(name))
             except ValueError as error:
                 self._known[name] = str(error)
         found = self._known[name]
@@ -101,6 +105,25 @@ class Images:
     def _outside(self, place: Path) -> str:
         where = f"leads out of {self._roots[0]}, to {place}"
         return f"{where}; list a folder around it in data.roots if that is meant"
+
+    def _with_suffix(self, name: str) -> str:
+        """Return the name that is a file's: `name`, or with a suffix where only one is. Raises ValueError."""
+        if Path(name).suffix.lower() in _SUFFIXES or not re.fullmatch(r"[^\0:\\]{1,200}", name):
+            return name
+        try:
+            if any((root / name).exists() for root in self._roots):
+                return name
+            found = {
+                name + suffix: (root / (name + suffix)).resolve()
+                for root in self._roots
+                for suffix in _SUFFIXES
+                if (root / (name + suffix)).is_file()
+            }
+        except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
+            return name
+        if len(set(found.values())) > 1:
+            raise ValueError(f"may be {' or '.join(found)}; give the name with its suffix")
+        return next(iter(found), name)
 
     def _find(self, name: str) -> ImageRef:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", name):

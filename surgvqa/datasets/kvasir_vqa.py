@@ -6,7 +6,6 @@ tract, each image repeated in every row about it. There is no official split and
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.datasets import Example, ImageRef, Problem
-from surgvqa.datasets.tables import Images, as_text, csv_rows, encoded, open_parquet
+from surgvqa.datasets.files import as_text, csv_rows, encoded, open_hub, open_parquet
+from surgvqa.datasets.images import Images
 from surgvqa.recipe import BadInput, Source
 
 _COLUMNS = ("question", "answer", "img_id")
@@ -145,16 +145,7 @@ def _open(path: str, revision: str | None) -> Any:
         raise BadInput(
             f"{path}: holds neither *.parquet files nor metadata.csv, so it is no copy of Kvasir-VQA"
         )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise BadInput(f"{path}: no such file or folder, and no hub id such as SimulaMet-HOST/Kvasir-VQA")
-    import datasets
-
-    try:
-        return encoded(datasets.load_dataset(path, revision=revision, split="raw"))
-    except Exception as error:  # no network, no access, no such id or revision
-        raise BadInput(
-            f"{path}: is no folder here and cannot be had from the hub: {' '.join(str(error).split())}"
-        ) from None
+    return encoded(open_hub(path, revision, split="raw"))
 
 
 def _from_table(path: str, table: Any) -> tuple[Iterator[_Row | Problem], Callable[[str], ImageRef]]:

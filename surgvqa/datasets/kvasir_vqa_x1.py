@@ -15,7 +15,7 @@ from pathlib import Path
 from surgvqa.datasets import Example, ImageRef, Problem
 from surgvqa.datasets.files import Row, open_hub, rows_of, table_rows
 from surgvqa.datasets.images import Images
-from surgvqa.datasets.tables import PARTS, Fields, part_files, part_of
+from surgvqa.datasets.tables import Fields, part_files, part_named, part_of
 from surgvqa.recipe import BadInput, Part, Source
 
 TEST_ROWS = 15_955
@@ -83,7 +83,7 @@ def _rows(source: Source, path: Path) -> Iterator[tuple[Part | None, Row | Probl
         return
     for split, table in open_hub(str(path), source.revision).items():
         for row in table_rows(table, f"{path} {split}", _COLUMNS):
-            yield PARTS.get(split), row
+            yield part_named(split), row
 
 
 def _has_parts(folder: Path) -> bool:

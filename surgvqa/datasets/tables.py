@@ -2,19 +2,24 @@
 
     Row ── Fields ──▶ Example        surgvqa.datasets.files reads the rows, .images finds the images
 
-The columns and what may be in them are described in docs/datasets.md.
+The columns and what may be in them are described in docs/datasets.md. Whatever a data set has that is not
+used is told: as warnings what a question may need, such as further images, else as quiet problems.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
-from surgvqa.datasets import Example, ImageRef, Problem, Region, boxes
+from surgvqa.datasets import Example, ImageRef, Problem, Region, boxes, choices
 from surgvqa.datasets.files import (
     SUFFIXES,
     Row,
@@ -26,6 +31,7 @@ from surgvqa.datasets.files import (
     rows_of,
 )
 from surgvqa.datasets.images import Images, leading_out
+from surgvqa.datasets.marks import NUMBERED, without_marks
 from surgvqa.recipe import BadInput, Part, Source
 
 __all__ = ["Fields", "Images", "Row", "as_text", "csv_rows", "encoded", "open_parquet", "part_files", "read"]
@@ -33,10 +39,30 @@ __all__ = ["Fields", "Images", "Row", "as_text", "csv_rows", "encoded", "open_pa
 NEEDED = ("image", "question", "answer")
 OPTIONAL = ("id", "question_type", "group", "split", "stage", "box", "boxes", "asked_box", "asked_boxes")
 
-PARTS: dict[str, Part] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+Mapped = Mapping[str, str | list[str] | None]
+"""Our name of a column → the data's, several of them, or None where it has none: `Source.columns`."""
 
-_PART_FILE = re.compile(r"(train|val|validation|test)(-\d+-of-\d+)?")
-"""Stems that name a part; the number is how the hub names the pieces of a large file."""
+PARTS: dict[str, Part] = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "validate": "val", "dev": "val", "eval": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""What parts are called in the names of files, in columns and on the hub, in lower case."""
+
+_PART_FILE = re.compile(
+    rf"(?P<head>.*[-_. ])?(?P<part>{'|'.join(PARTS)})(-\d+-of-\d+(-[0-9a-f]+)?)?", re.IGNORECASE
+)
+"""Stems that name a part, such as train, Kvasir-VQA-x1-train, or train-00000-of-00002-1a2b3c4d, where the
+numbers are how the hub names the pieces of a large file."""
+
+_IMAGES = re.compile(r"(images?|imgs?|pictures?)[ _-]?\d*", re.IGNORECASE)
+_BOXES = re.compile(r"objects|bbox(es)?|bounding_box(es)?", re.IGNORECASE)
+"""Columns that a question may need to be understood, or an answer to be whole."""
+
+
+def part_named(name: str) -> Part | None:
+    """Return the part that a name of a split stands for, if any."""
+    return PARTS.get(name.strip().lower())
 
 
 def read(source: Source) -> Iterator[Example | Problem]:
@@ -44,18 +70,82 @@ def read(source: Source) -> Iterator[Example | Problem]:
 
     Raises BadInput where there is no such file.
     """
-    for file in part_files(Path(source.path or "."), roots=source.roots):
+    path = Path(source.path or ".")
+    files = part_files(path, roots=source.roots)
+    yield from unread_files(path, files)
+    for file in files:
         needed, wanted = columns(source, NEEDED, OPTIONAL)
-        rows = rows_of(file, needed, wanted, needed[0])
+        held = names_of(source.columns, "image")
+        rows = rows_of(file, needed, [*wanted, *choices.NAMES], held)
         images = Images(file.parent, source.roots)
         yield from examples(rows, source, str(file), file.stem, part_of(file), images)
 
 
+def names_of(mapped: Mapped, name: str) -> list[str]:
+    """Return the data's names of one of our columns: one, several, or none where it is switched off."""
+    theirs = mapped.get(name, name)
+    return [] if theirs is None else [theirs] if isinstance(theirs, str) else theirs
+
+
 def columns(source: Source, needed: Sequence[str], optional: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A data set's own names of the columns that it must have, all it maps among them, and may have."""
+    """Return a data set's own names of the columns that it must have, with all it maps, and may have."""
     named = source.columns
-    must = [named.get(name, name) for name in needed] + [named[name] for name in optional if name in named]
+    must = [theirs for name in needed for theirs in names_of(named, name)]
+    must += [theirs for name in named if name not in needed for theirs in names_of(named, name)]
     return must, [name for name in optional if name not in named]
+
+
+@dataclass
+class _Told:
+    """What the rows of a table have that examples do not show as it is."""
+
+    seen: dict[str, None] = field(default_factory=dict)
+    """All columns."""
+    choices: Counter[str] = field(default_factory=Counter)
+    """Columns from which choices were put into a question."""
+    several: int = 0
+    """Rows whose answer is a list of several."""
+    marks: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """question, answer → marks of images that were taken out, or were left in."""
+
+    def add(self, row: Row, fields: Fields) -> None:
+        if not row.fields.keys() <= self.seen.keys():
+            self.seen.update(dict.fromkeys(row.fields))
+        if row.unread and row.unread[0] not in self.seen:
+            self.seen.update(dict.fromkeys(row.unread))
+        self.choices.update(fields.chosen_from)
+        if not fields.wrong:
+            self.several += fields.several
+            for name, marks in fields.marks.items():
+                self.marks[name].update(set(marks))
+
+    def problems(self, place: str, source: Source) -> Iterator[Problem]:
+        if self.several:
+            yield self._several(place, source)
+        for name, marks in self.marks.items():
+            taken = {mark: count for mark, count in marks.items() if not NUMBERED.fullmatch(mark)}
+            left = {mark: count for mark, count in marks.items() if mark not in taken}
+            for found, what in (
+                (taken, "marks of images taken out, since all images come before the question"),
+                (left, "marks of numbered images, which are read as text"),
+            ):
+                if found:
+                    listed = ", ".join(f"{mark[:60]!r} ({count})" for mark, count in list(found.items())[:5])
+                    yield Problem(place, f"{name}s have {what}: {listed}", warning=True)
+        if self.choices:
+            questions = max(self.choices.values())
+            what = f"questions have their choices put into them, from {', '.join(self.choices)}"
+            yield Problem(place, f"{questions} {what}", warning=True, quiet=True)
+
+    def _several(self, place: str, source: Source) -> Problem:
+        """What becomes of answers that are lists; quiet where the recipe says what they are."""
+        rows = f"{self.several} {'row has' if self.several == 1 else 'rows have'} a list of several answers"
+        what = f"{rows}; the first is trained on, and each counts as right"
+        if source.list_answers == "join":
+            what = f"{rows}, joined with '; '"
+        elif source.list_answers is None:
+            what += "; set data.list_answers: join where all belong to the answer, else alternatives"
+        return Problem(place, what, warning=True, quiet=source.list_answers is not None)
 
 
 def examples(
@@ -63,39 +153,73 @@ def examples(
 ) -> Iterator[Example | Problem]:
     """Rows with the columns of tables as examples: `stem` and number for those without id, `part` for those
     without split; `place` is what holds them."""
-    seen: dict[str, None] = {}
+    told = _Told()
     for row in rows:
         if isinstance(row, Problem):
             yield row
             continue
-        if not row.fields.keys() <= seen.keys():
-            seen.update(dict.fromkeys(row.fields))
         fields = Fields(row.fields, source.columns)
-        example = fields.example(row, stem, part, images, source.group_pattern, source.boxes)
+        example = fields.example(row, stem, part, images, source)
         if source.format != "hub" and not fields.wrong:  # whose variant is a subset
             try:
                 example = boxes.read(example, source.variant, source.boxes, default="text")
             except ValueError as error:
                 fields.wrong.append(f"its text has the box {error}")
+        told.add(row, fields)
         if fields.wrong:
             yield from (Problem(row.place, what) for what in fields.wrong)
         else:
             yield example
-    yield from unknown_columns(place, source.columns, seen)
+    used = {theirs for name in (*NEEDED, *OPTIONAL) for theirs in names_of(source.columns, name)}
+    used |= {*told.choices, *names_of(source.columns, "choices")}
+    yield from unknown_columns(place, source.columns, told.seen, used)
+    yield from told.problems(place, source)
 
 
-def unknown_columns(place: str, mapped: Mapping[str, str], seen: Mapping[str, None]) -> Iterator[Problem]:
-    """Columns that the recipe names and no row has, of files in which each row names its columns."""
-    if seen and (lost := [f"{name} (for {ours})" for ours, name in mapped.items() if name not in seen]):
+def unknown_columns(
+    place: str, mapped: Mapped, seen: Mapping[str, None], used: Collection[str] | None = None
+) -> Iterator[Problem]:
+    """Yield columns that the recipe names and no row has, of files in which each row names its columns, and
+    those of `seen` that are not `used`: a warning for images and boxes, quiet for others."""
+    lost = [
+        f"{theirs} (for {ours})" for ours in mapped for theirs in names_of(mapped, ours) if theirs not in seen
+    ]
+    if seen and lost:
         yield Problem(
             place,
             f"no row has the column {', '.join(lost)} of data.columns; it has {', '.join(seen)}",
             whole=True,
         )
+    if used is None:
+        return
+    switched_off = {ours for ours, theirs in mapped.items() if theirs is None}
+    unused = [name for name in seen if name not in used and name not in switched_off]
+    for form, cure in (
+        (
+            _IMAGES,
+            "if they are images of the question, name all in order: data.columns: {image: [image, ...]}",
+        ),
+        (
+            _BOXES,
+            "if they are boxes, name them in data.columns as box or boxes, in the form of docs/datasets.md",
+        ),
+    ):
+        if names := [name for name in unused if form.fullmatch(name)]:
+            yield Problem(place, f"columns that are not used: {_listed(names)}; {cure}", warning=True)
+            unused = [name for name in unused if name not in names]
+    if unused:
+        yield Problem(place, f"columns that are not used: {_listed(unused)}", warning=True, quiet=True)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(name[:60] for name in names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def part_files(path: Path, suffixes: Sequence[str] = SUFFIXES, *, roots: Sequence[str] = ()) -> list[Path]:
-    """The file, or the files of a folder that are named for a part, all of one kind. Raises BadInput."""
+    """Return the file, or the files of a folder that are named for a part, all of one kind. Raises BadInput.
+
+    A file called like a part, such as train.json, goes before one whose name ends so, such as all_train.json.
+    """
     if path.is_file():
         if path.suffix.lower() not in suffixes:
             raise BadInput(f"{path}: is no table; its name must end in {', '.join(suffixes)}")
@@ -103,8 +227,8 @@ def part_files(path: Path, suffixes: Sequence[str] = SUFFIXES, *, roots: Sequenc
     if not path.is_dir():
         what = "is neither a file nor a folder" if path.exists() else "no such file or folder"
         raise BadInput(f"{path}: {what}; give a table ({', '.join(suffixes)}) or a folder of them")
-    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in suffixes]
-    parts = [file for file in files if part_of(file)]
+    files = _tables_in(path, suffixes)
+    parts = _of_parts(files)
     if out := leading_out(parts, path, roots):
         raise BadInput(out)
     if wrong := [str(file) for file in parts if not file.is_file()]:
@@ -118,60 +242,110 @@ def part_files(path: Path, suffixes: Sequence[str] = SUFFIXES, *, roots: Sequenc
     if len({file.suffix.lower() for file in parts}) > 1:
         names = ", ".join(file.name for file in parts)
         raise BadInput(f"{path}: holds tables of several kinds ({names}); leave those of one kind")
+    for part in dict.fromkeys(map(part_of, parts)):
+        own = [file for file in parts if part_of(file) == part]
+        if len({_without_piece(file) for file in own}) > 1:
+            names = ", ".join(file.name for file in own)
+            raise BadInput(f"{path}: holds several tables for {part} ({names}); leave one, or give its path")
     return parts
 
 
-def part_of(file: Path) -> Part | None:
-    """The part that a file's name stands for, if any."""
+def _tables_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in suffixes]
+
+
+def _of_parts(files: Iterable[Path]) -> list[Path]:
+    """Return the files that are named for a part; where some have the bare name, of that part only these."""
+    found = {file: match for file in files if (match := _PART_FILE.fullmatch(file.stem))}
+    bare = {PARTS[match["part"].lower()] for match in found.values() if not match["head"]}
+    return [
+        file for file, match in found.items() if not match["head"] or PARTS[match["part"].lower()] not in bare
+    ]
+
+
+def _without_piece(file: Path) -> str:
+    """Return the name of a table of which a file may be a piece."""
     match = _PART_FILE.fullmatch(file.stem)
-    return PARTS[match[1]] if match else None
+    return f"{match['head'] or ''}{match['part']}".lower() if match else file.stem
+
+
+def unread_files(
+    path: Path, files: Collection[Path], suffixes: Sequence[str] = SUFFIXES
+) -> Iterator[Problem]:
+    """Yield, quietly, the tables of a folder that are not among the `files` read of it."""
+    others = [file.name for file in _tables_in(path, suffixes) if file not in files] if path.is_dir() else []
+    if others:
+        what = f"tables that are not read, since their names stand for no part: {_listed(others)}"
+        yield Problem(str(path), what, warning=True, quiet=True)
+
+
+def part_of(file: Path) -> Part | None:
+    """Return the part that a file's name stands for, if any."""
+    match = _PART_FILE.fullmatch(file.stem)
+    return PARTS[match["part"].lower()] if match else None
 
 
 class Fields:
     """One row's fields under our names for them; every fault met while reading is added to `wrong`."""
 
-    def __init__(self, fields: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    def __init__(self, fields: Mapping[str, Any], columns: Mapped) -> None:
         """`columns` are our names with the row's for them, where those differ."""
         self._fields = fields
         self._columns = columns
         self.wrong: list[str] = []
+        self.several = False
+        """Whether the answer is a list of several."""
+        self.marks: dict[str, list[str]] = {}
+        """question, answer → marks of images in it."""
+        self.chosen_from: tuple[str, ...] = ()
+        """The columns of its choices."""
 
     def __getitem__(self, name: str) -> Any:
-        if self._columns:
-            name = self._columns.get(name, name)
-        return self._fields.get(name)
+        """The value of one of our columns; of one that is several columns, all that they hold, as a list."""
+        theirs = self._columns.get(name, name) if self._columns else name
+        if isinstance(theirs, str):
+            return self._fields.get(theirs)
+        values: list[Any] = []
+        for column in theirs or ():
+            value = self._fields.get(column)
+            values += value if isinstance(value, list) else [] if value is None or value == "" else [value]
+        return values or None
 
-    def example(
-        self,
-        row: Row,
-        stem: str,
-        part: Part | None,
-        images: Images,
-        pattern: str | None = None,
-        unit: str = "auto",
-    ) -> Example:
-        """The row as an example; of no use when `wrong` is not empty afterwards. `unit` is `data.boxes`."""
+    def _name(self, name: str) -> str:
+        """The row's name of one of our columns."""
+        return ", ".join(names_of(self._columns, name))
+
+    def example(self, row: Row, stem: str, part: Part | None, images: Images, source: Source) -> Example:
+        """The row as an example; of no use when `wrong` is not empty afterwards."""
         refs = self.images("image", images)
+        question, answers, given = self._question(len(refs)), self._answers(), self._choices()
+        if given:
+            question = choices.asked(question, given)
+            answers = tuple(self._labelled(answer, given) for answer in answers)
+        self.several = len(set(answers)) > 1
+        if source.list_answers == "join":
+            answers = ("; ".join(dict.fromkeys(answers)),)
         return Example(
             id=self.optional("id") or f"{stem}:{row.number}",
             images=refs,
-            question=self.text("question"),
-            answers=self._answers(),
+            question=question,
+            answers=answers,
+            labels=() if self.several else tuple(given),
             question_type=self.optional("question_type") or "question",
-            group=self.group(refs, pattern),
+            group=self.group(refs, source.group_pattern),
             split=self.split(part),
             stage=self.stage(),
             place=row.place,
-            regions=self._regions(("box", "boxes"), len(refs), unit),
-            asked_regions=self._regions(("asked_box", "asked_boxes"), len(refs), unit),
+            regions=self._regions(("box", "boxes"), len(refs), source.boxes),
+            asked_regions=self._regions(("asked_box", "asked_boxes"), len(refs), source.boxes),
         )
 
     def fault(self, name: str, what: str) -> None:
         """Note what is wrong with a field, by the name that it has in the row."""
-        self.wrong.append(f"{self._columns.get(name, name)} {what}")
+        self.wrong.append(f"{self._name(name)} {what}")
 
     def missing(self, name: str) -> None:
-        if self._columns.get(name, name) in self._fields:
+        if not self._fields.keys().isdisjoint(names_of(self._columns, name)):
             self.fault(name, "is empty")
         else:
             has = ", ".join(map(str, self._fields)) or "nothing"
@@ -204,19 +378,69 @@ class Fields:
             self.fault(name, str(error))
             return ""
 
+    def _question(self, images: int) -> str:
+        """The question without marks of where its images go."""
+        text = self._bare("question", self.text("question"))
+        marks = [mark for mark in self.marks.get("question", ()) if mark.lower() == "<image>"]
+        if marks and len(marks) != images and not self.wrong:
+            self.fault("question", f"has {len(marks)} {marks[0]}, but the row has {images} images")
+        return text
+
+    def _bare(self, name: str, text: str) -> str:
+        """A field's text without marks of images, which are noted."""
+        if "<" not in text:
+            return text
+        bare, marks = without_marks(text)
+        if marks := [*marks, *NUMBERED.findall(bare)]:
+            self.marks[name] = [*self.marks.get(name, ()), *marks]
+        if not bare:
+            self.fault(name, f"holds nothing but {marks[0]}")
+        return bare
+
     def _answers(self) -> tuple[str, ...]:
-        value = self["answer"]
+        value = _listed_in(self["answer"])
         if not isinstance(value, list):
-            return (self._required("answer", value),)
+            return (self._bare("answer", self._required("answer", value)),)
         if not value:
             self.fault("answer", "is an empty list")
-        return tuple(self._required("answer", answer) for answer in value)
+        return tuple(self._bare("answer", self._required("answer", answer)) for answer in value)
+
+    def _choices(self) -> choices.Choices:
+        """The row's choices, {} where it has none."""
+        if self._columns.get("choices", "") is None:
+            return {}
+        try:
+            if "choices" in self._columns:
+                names = names_of(self._columns, "choices")
+                if len(names) == 1:
+                    found = choices.parse(self._fields.get(names[0]))
+                else:
+                    one = choices.single_columns(names)
+                    labels = one or dict(zip(ascii_uppercase, names, strict=False))
+                    found = choices.cleaned({label: self._fields.get(name) for label, name in labels.items()})
+            else:
+                found, names = choices.of_row(self._fields)
+        except ValueError as error:
+            self.wrong.append(f"{error}; set data.columns: {{choices: null}} if it holds no choices")
+            return {}
+        self.chosen_from = tuple(names) if found else ()
+        return found
+
+    def _labelled(self, answer: str, given: choices.Choices) -> str:
+        """The label of the choice that an answer names."""
+        if not answer:
+            return ""
+        try:
+            return choices.label_of(answer, given)
+        except ValueError as error:
+            self.fault("answer", str(error))
+            return ""
 
     def images(
         self, name: str, images: Images, mend: Mapping[str, str] | None = None
     ) -> tuple[ImageRef, ...]:
         """The images that a field names or holds: one or a list. `mend` has paths to take instead."""
-        value = self[name]
+        value = _listed_in(self[name])
         if isinstance(value, list) and not value:
             self.fault(name, "is an empty list")
         refs = []
@@ -249,12 +473,16 @@ class Fields:
         name = self.optional("split")
         if not name:
             return of_file
-        if name not in PARTS:
-            self.fault("split", f"is {name!r}; it must be train, val or test")
-            return None
-        if of_file and PARTS[name] != of_file:
-            self.fault("split", f"is {name!r}, but the file's name says {of_file}")
-        return PARTS[name]
+        part = part_named(name)
+        if part is None:
+            self.fault("split", f"is {name!r}; it must be train, val or test{self._switch('split')}")
+        elif of_file and part != of_file:
+            self.fault("split", f"is {name!r}, but the file's name says {of_file}{self._switch('split')}")
+        return part
+
+    def _switch(self, name: str) -> str:
+        """How to have a column ignored, to be put after what is wrong with it."""
+        return f"; if the column means something else, set data.columns: {{{name}: null}}"
 
     def stage(self) -> int | None:
         """The row's stage."""
@@ -262,12 +490,14 @@ class Fields:
         if not text:
             return None
         if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
-            self.fault("stage", f"is {text!r}; it must be a whole number")
+            self.fault("stage", f"is {text!r}; it must be a whole number{self._switch('stage')}")
             return None
         return int(text)
 
     def _regions(self, names: tuple[str, str], images: int, unit: str) -> tuple[Region, ...]:
         """The boxes of the first of the two columns, which has one, and of the second, which has a list."""
+        if self[names[0]] is None and self[names[1]] is None:
+            return ()
         one, many = self._boxes(names[0]), self._boxes(names[1])
         if one is None and many is None:
             return ()
@@ -301,6 +531,20 @@ class Fields:
         except (ValueError, RecursionError):
             return text
         return found
+
+
+def _listed_in(value: object) -> object:
+    """The list of texts that a text such as `["a.png", "b.png"]` holds, as CSV has lists; else the value."""
+    if not (isinstance(value, str) and value.lstrip()[:2] in ('["', "['") and value.rstrip().endswith("]")):
+        return value
+    for parser in (json.loads, ast.literal_eval):
+        try:
+            found = parser(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and all(isinstance(one, str) for one in found):
+            return found
+    return value
 
 
 def region(value: object, images: int = 1, unit: str = "auto") -> Region:

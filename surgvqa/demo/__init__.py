@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -15,5 +16,14 @@ def cached(name: str, *code: Path) -> Path:
     for file in code or sorted(Path(__file__).parent.iterdir()):
         if file.suffix in (".py", ".jinja"):
             digest.update(file.read_bytes())
-    root = Path(os.environ.get("SURGVQA_CACHE") or Path.home() / ".cache" / "surgvqa")
-    return root / f"{name}-{digest.hexdigest()[:12]}"
+    return cache_root() / f"{name}-{digest.hexdigest()[:12]}"
+
+
+def cache_root() -> Path:
+    """Return the folder that holds all that `cached` names; a temporary one for a user without a home."""
+    if given := os.environ.get("SURGVQA_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "surgvqa"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"surgvqa-{os.getuid()}"

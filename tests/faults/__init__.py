@@ -32,6 +32,8 @@ CATALOGUE = {
     "F29": "weights that an update made absurd",
     "F30": "an output stream that goes away",
     "F31": "checkpoints that cannot be read",
+    "F32": "the base model changed between training, resume and evaluation",
+    "F33": "data rewritten, same time or size",
     "F34": "asked to stop by a signal while it starts",
     "F35": "values at the edge",
 }

@@ -79,7 +79,9 @@ def test_damage_to_any_file_is_found_by_name(
         found, rejected = checkpoint.newest(root)
         name = file.relative_to(newest).as_posix()
         assert found == older, name
-        assert [problem.partition(": ")[2].partition(": ")[0] for problem in rejected] == [name]
+        named = [problem.partition(": ")[2].partition(": ")[0] for problem in rejected]
+        # A bit of the manifest may be one of another file's digest, and then that file is named.
+        assert named == [name] or (how == "flipped" and name == checkpoint.MANIFEST and named)
         file.write_bytes(whole)
     assert checkpoint.newest(root) == (newest, [])
 

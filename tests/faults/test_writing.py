@@ -134,13 +134,13 @@ def slowly_written(run: Hurt, seconds: float, first: float) -> None:
     run.write(f"""
 from surgvqa import hub
 
-copy = hub.copy_processor
+write = hub.write_processor
 
-def slow(folder, target):
+def slow(files, target):
     time.sleep({seconds} if any(target.parent.glob("step-*")) else {first})
-    copy(folder, target)
+    write(files, target)
 
-hub.copy_processor = slow
+hub.write_processor = slow
 """)
 
 

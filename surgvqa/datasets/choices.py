@@ -1,0 +1,183 @@
+"""Multiple-choice questions: find a row's choices, put them into its question, and make the answer a letter.
+
+{"choices": ["knife", "hook"], "answer": "hook"}  ──▶  "...?\\nA. knife\\nB. hook", "B"
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
+from string import ascii_uppercase
+from typing import Any
+
+from surgvqa.datasets.files import as_text, kind_of
+
+WHOLE = ("choices", "options", "option")
+"""Columns that hold all choices of a question, as a list or an object."""
+
+_ONE = re.compile(r"(choice|option|opt|op)?([ _-]?)(?:([A-Za-z])|(\d))", re.IGNORECASE)
+"""Columns that hold one choice, such as choice_A, optionB, opc, option_1 or A."""
+
+_LONGEST = 10_000
+"""Characters of a text that is looked at as a list of choices."""
+
+NAMES = (
+    *WHOLE,
+    *ascii_uppercase[:10],
+    *(
+        f"{word}{mark}{label}"
+        for stem in ("choice", "option", "opt", "op")
+        for word in (stem, stem.capitalize(), stem.upper())
+        for mark in ("", "_", " ", "-")
+        for label in (*ascii_uppercase[:10], *ascii_uppercase[:10].lower(), *"0123456789")
+    ),
+)
+"""Names under which choices are looked for in tables of which only the columns asked for are read."""
+
+Choices = dict[str, str]
+"""Label → text, in order."""
+
+
+def single_columns(names: Iterable[str]) -> dict[str, str]:
+    """Return label → column of the columns that hold one choice each; {} where there are fewer than two.
+
+    Labels must go on without a gap from A, 0 or 1. Columns that are a letter alone must be upper case.
+    """
+    families: dict[tuple[str, str, bool], dict[str, str]] = {}
+    for name in names:
+        found = _ONE.fullmatch(name)
+        if found is None or (not found[1] and (found[2] or found[4] or name.islower())):
+            continue
+        label = (found[3] or found[4]).upper()
+        families.setdefault((found[1] or "", found[2], label.isdigit()), {})[label] = name
+    for columns in families.values():
+        for labels in (ascii_uppercase, "0123456789", "123456789"):
+            run = list(takewhile(columns.__contains__, labels))
+            if len(run) > 1:
+                return {label: columns[label] for label in run}
+    return {}
+
+
+def of_row(fields: Mapping[str, Any]) -> tuple[Choices, list[str]]:
+    """Return a row's choices, as the names of its columns show them, and these columns.
+
+    Raises ValueError with the column and what is wrong with it.
+    """
+    whole, single = _columns(tuple(fields))
+    for name in whole:
+        try:
+            found = parse(fields[name])
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        if found:
+            return found, [name]
+    if single:
+        try:
+            return cleaned({label: fields[name] for label, name in single.items()}), list(single.values())
+        except ValueError as error:
+            raise ValueError(f"{', '.join(single.values())}: one {error}") from None
+    return {}, []
+
+
+@functools.lru_cache(1024)
+def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Return those of a row's columns that hold all choices, and those that hold one each."""
+    return [name for name in names if name.lower() in WHOLE], single_columns(names)
+
+
+def parse(value: object) -> Choices:
+    """Return the choices that a cell holds: a list, an object of labels, or the JSON or lines of either.
+
+    A list gets the labels A, B, C, ... Empty choices are left out. Raises ValueError with what is wrong,
+    to be put after the column's name.
+    """
+    if isinstance(value, str):
+        value = _of_text(value.strip())
+    if value is None or (isinstance(value, float) and value != value):  # pandas writes NaN for nothing
+        return {}
+    if isinstance(value, dict):
+        texts, labels = value.get("text"), value.get("label")
+        if isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels):
+            return cleaned(dict(zip(map(as_text, labels), texts, strict=True)))
+        return cleaned({as_text(label): text for label, text in value.items()})
+    if isinstance(value, list):
+        if len(value) > len(ascii_uppercase):
+            raise ValueError(f"has {len(value)} choices; {len(ascii_uppercase)} can have a letter")
+        return cleaned(dict(zip(ascii_uppercase, value, strict=False)))
+    raise ValueError(f"is {kind_of(value)} instead of a list or an object of choices")
+
+
+def cleaned(choices: Mapping[str, Any]) -> Choices:
+    """Return choices as text, without the empty ones, and without a label of their own, such as `A: hook`.
+
+    Raises ValueError.
+    """
+    texts = {label: as_text(text) for label, text in choices.items()}
+    texts = {label: text for label, text in texts.items() if text}
+    bare = {label: _without_label(label, text) for label, text in texts.items()}
+    # "A. fumigatus" is no label, so a label counts only where every choice has its own.
+    return {label: text or "" for label, text in bare.items()} if all(bare.values()) else texts
+
+
+def _without_label(label: str, text: str) -> str | None:
+    """Return a text that begins with its label and a mark, without these; None for another text."""
+    found = re.fullmatch(rf"\(?{re.escape(label)}\s*[.:)]\s*(.+)", text, re.IGNORECASE | re.DOTALL)
+    return found[1] if found else None
+
+
+def _of_text(text: str) -> object:
+    """Return the list or object that a text holds as JSON, in Python's form, or as lines `A. hook`.
+
+    Raises ValueError.
+    """
+    if not text:
+        return None
+    if len(text) <= _LONGEST:
+        for parser in (json.loads, ast.literal_eval):
+            try:
+                value = parser(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(value, (list, dict)):
+                return value
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        labelled = dict(zip(ascii_uppercase, lines, strict=False))
+        if len(lines) > 1 and all(_without_label(label, line) for label, line in labelled.items()):
+            return labelled
+    raise ValueError("is text that holds no choices; write a list or an object")
+
+
+def asked(question: str, choices: Choices) -> str:
+    """Return the question with a line `A. text` for each choice below it."""
+    return "\n".join([question, *(f"{label}. {text}" for label, text in choices.items())])
+
+
+def label_of(answer: str, choices: Choices) -> str:
+    """Return the label of the choice that an answer names by label, by text or by both.
+
+    Raises ValueError with what is wrong, to be put after the answer's column.
+    """
+    found = {label for label in choices if answer.strip("().: ").casefold() == label.casefold()}
+    found |= {label for label, text in choices.items() if _plain(answer) == _plain(text)}
+    if not found:
+        found = {
+            label
+            for label, text in choices.items()
+            if _plain(_without_label(label, answer) or "") == _plain(text)
+        }
+    if len(found) == 1:
+        return found.pop()
+    what = "is the label of one choice and the text of another" if found else "is none of its choices"
+    listed = ", ".join(f"{label}: {text}" for label, text in choices.items())
+    raise ValueError(
+        f"{answer!r} {what} ({listed[:200]}); give the letter or the text of one, or set data.columns: "
+        "{choices: null} if these columns are no choices"
+    )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()

@@ -13,6 +13,8 @@ import pytest
 from faults import CATALOGUE
 from PIL import Image
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any test file imports what reads it
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FAMILIES = ("tiny-qwen2-vl", "tiny-qwen3-vl")
 
@@ -21,7 +23,6 @@ FAMILIES = ("tiny-qwen2-vl", "tiny-qwen3-vl")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Generated data and tiny models go into a folder of this test session, also in processes it starts."""
     os.environ["SURGVQA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture

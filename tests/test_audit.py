@@ -246,7 +246,7 @@ def labelled(tmp_path: Path, *overrides: str) -> list[str]:
     (tmp_path / "q.jsonl").write_text("".join(lines), encoding="utf-8")
     text = f"""
 model: {{name: tiny-qwen3-vl}}
-data: {{format: jsonl, path: {tmp_path / "q.jsonl"}}}
+data: {{format: jsonl, path: {tmp_path / "q.jsonl"}, list_answers: alternatives}}
 image: {{size: 96}}
 eval: {{every: 1}}
 output: runs/x

@@ -491,7 +491,7 @@ def open_hub(path: str, revision: str | None, subset: str | None = None, split: 
 def _open_folder(folder: Path, subset: str | None) -> dict[str, Any]:
     """Return the splits of a folder that `datasets` loads, as what is in its files now. Raises BadInput."""
     # The library passes over what is no file, such as a link into a cache that has lost it.
-    entries = [path for path in folder.rglob("*") if not path.is_dir()]
+    entries = list(folder.rglob("*"))
     tables = (file for file in entries if file.suffix.lower() in (*SUFFIXES, ".arrow"))
     if wrong := [str(file) for file in tables if not file.is_file()]:
         raise BadInput(f"{', '.join(wrong)}: is named as a table, but is not a file")

@@ -53,6 +53,7 @@ def tables(results: Path) -> dict[str, str]:
         "grouping": _grouping_table,
         "audit": _audit_table,
         "report": _report_table,
+        "start": _start_table,
         "scores": _scores_table,
         "corruptions": _corruptions_table,
     }
@@ -268,6 +269,31 @@ def _report_table(rows: Sequence[Mapping[str, Any]]) -> str:
         side = f"{row['side']} pixels" if row["side"] else ""
         cells = [row["way"], f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", f"{row['mb']:.1f} MB"]
         lines.append(f"| {' | '.join([*cells, side, *opened])} |")
+    return "\n".join(lines)
+
+
+def _start_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| What | Code | Seconds | Seconds of processors | Peak memory of each process | Load before |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row['what']} | {row['code']} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} "
+        f"| {', '.join(f'{peak:.2f}' for peak in row['peak_gib'])} GiB | {row['load']:.1f} |"
+        for row in rows
+        if "cpu_seconds" in row
+    ]
+    if signals := [row for row in rows if "signal_after" in row]:
+        lines += [
+            "",
+            "| SIGTERM | Code | Seconds until no process is left | Load before |",
+            "|---|---|--:|--:|",
+        ]
+        lines += [
+            f"| {row['what'].partition(' to ')[0]}{row['what'].partition('1')[2]}, after "
+            f"{row['signal_after']:.0f} s | {row['code']} | {row['seconds']:.1f} | {row['load']:.1f} |"
+            for row in signals
+        ]
     return "\n".join(lines)
 
 

@@ -8,13 +8,17 @@ yields are what canvases, and so token counts, are planned from.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from surgvqa import datasets, scores
 from surgvqa.augment import Placement
@@ -109,7 +113,7 @@ def load_and_audit(
 
     `evaluated` are the parts to be evaluated; None for the recipe's own. `headers`: images are not decoded.
     """
-    dataset, trains = datasets.load(recipe.data), evaluated is None
+    dataset, trains = datasets.load(recipe.data, progress=progress), evaluated is None
     found = audit(
         dataset,
         mode=recipe.image.mode,
@@ -245,7 +249,8 @@ def _labels(recipe: Recipe, dataset: Dataset, evaluated: Collection[Part]) -> It
             without += [kind] * chosen
             continue
         known = set(map(normalise, labels))
-        outside = [example for example in examples if known.isdisjoint(map(normalise, example.answers))]
+        right = {each: not known.isdisjoint(map(normalise, each)) for each in {e.answers for e in examples}}
+        outside = [example for example in examples if not right[example.answers]]
         if outside:
             counts = Counter(example.answers[0] for example in outside)
             what = f"{_count(len(outside), 'answer')} of the type {kind} not among its labels"
@@ -460,10 +465,15 @@ def _broken(key: str, why: str, examples: Sequence[Example]) -> Problem:
 
 def _special(dataset: Dataset, tokens: Collection[str]) -> Iterator[tuple[str, Problem]]:
     """Ids of questions whose text holds a special token, and the problem."""
-    for example in dataset.examples:
-        held = sorted(token for token in tokens if any(token in text for text in example.texts))
-        if held:
-            what = f"holds the special token {held[0]}, which would break the conversation"
+    ordered = sorted(tokens)
+
+    @functools.lru_cache(maxsize=2**16)  # most texts come many times
+    def held(text: str) -> tuple[str, ...]:
+        return tuple(token for token in ordered if token in text)
+
+    for example in dataset.examples if ordered else ():
+        if found := [token for text in example.texts for token in held(text)]:
+            what = f"holds the special token {min(found)}, which would break the conversation"
             yield example.id, Problem(example.place, what)
 
 
@@ -473,6 +483,8 @@ def _boxes(
     """Ids of questions with boxes that are empty, reach out of their image, or do not fit the question's
     places for them, and the problem."""
     for example in dataset.examples:
+        if not (example.asked_regions or example.regions):
+            continue
         if wrong := misplaced(example, sizes, pictures):
             yield example.id, Problem(example.place, "; ".join(wrong))
 
@@ -640,6 +652,10 @@ _EARLIER: dict[Part, list[Part]] = {"val": ["train"], "test": ["train", "val"]}
 
 def _junk(dataset: Dataset) -> Iterator[Problem]:
     """Questions and answers that stand for a missing value."""
+    odd_questions = {text for text in {e.question for e in dataset.examples} if _is_junk(text)}
+    odd_answers = {text for text in {e.answers[0] for e in dataset.examples} if _is_junk(text)}
+    if not (odd_questions or odd_answers):
+        return
     kinds = Counter(example.question_type for example in dataset.examples)
     nones = Counter(
         example.question_type for example in dataset.examples if example.answers[0].lower() == "none"
@@ -647,11 +663,11 @@ def _junk(dataset: Dataset) -> Iterator[Problem]:
     found: dict[str, list[tuple[str, Example]]] = defaultdict(list)
     for example in dataset.examples:
         kind, answer = example.question_type, example.answers[0]
-        if example.question.lower() in JUNK or example.question.lower() == "none":
+        if example.question in odd_questions:
             found["question"].append((example.question, example))
         # "none" is what many data sets say where there is nothing to name, but then they say it often.
-        odd = answer.lower() == "none" and nones[kind] < RARE_NONE * kinds[kind]
-        if odd or answer.lower() in JUNK:
+        often = answer.lower() == "none" and nones[kind] >= RARE_NONE * kinds[kind]
+        if answer in odd_answers and not often:
             found["answer"].append((answer, example))
     for what, rows in found.items():
         counts = _counted(Counter(text for text, _ in rows))
@@ -660,14 +676,19 @@ def _junk(dataset: Dataset) -> Iterator[Problem]:
         yield Problem(rows[0][1].place, told, warning=True)
 
 
+def _is_junk(text: str) -> bool:
+    return text.lower() in JUNK or text.lower() == "none"
+
+
 def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
     """Answers of val and test that training cannot teach."""
-    trained = {normalise(example.answers[0]) for example in dataset.part("train")}
+    trained = set(map(normalise, {example.answers[0] for example in dataset.part("train")}))
     for part in PARTS[1:]:
         examples = dataset.part(part)
-        unseen = Counter(
-            example.answers[0] for example in examples if trained.isdisjoint(map(normalise, example.answers))
-        )
+        unseen = Counter[str]()
+        for answers, count in Counter(example.answers for example in examples).items():
+            if trained.isdisjoint(map(normalise, answers)):
+                unseen[answers[0]] += count
         if trained and unseen:
             have = "has" if unseen.total() == 1 else "have"
             what = f"{unseen.total()} of {len(examples)} questions {have} an answer never seen in train"
@@ -723,27 +744,35 @@ def _letters(answer: str) -> str:
 
 def _conflicts(dataset: Dataset) -> Iterator[Problem]:
     """Questions asked twice about one image, with different answers."""
-    answers: dict[tuple[object, ...], set[str]] = defaultdict(set)
-    first: dict[tuple[object, ...], Example] = {}
-    for example in dataset.examples:
-        asked = example.image_key, example.question, example.asked_regions
-        answers[asked].add(example.answers[0])
-        first.setdefault(asked, example)
-    conflicting = [asked for asked, given in answers.items() if len(given) > 1]
+    _, first, number = np.unique(_asked(dataset), return_index=True, return_inverse=True)
+    answer = _numbered(example.answers[0] for example in dataset.examples)
+    others = np.flatnonzero(answer != answer[first][number])
+    conflicting = [dataset.examples[index] for index in np.unique(first[number[others]]).tolist()]
     if conflicting:
-        listed = ", ".join(
-            f"{asked[1]!r} on {asked[0]} at {first[asked].place}" for asked in conflicting[:_SHOWN]
-        )
+        listed = ", ".join(f"{e.question!r} on {e.image_key} at {e.place}" for e in conflicting[:_SHOWN])
         more = ", ..." if len(conflicting) > _SHOWN else ""
         what = f"{_count(len(conflicting), 'question')} asked again about the same image, with another answer"
-        shown = _few(first[asked].images[0].key for asked in conflicting)
+        shown = _few(example.images[0].key for example in conflicting)
         yield Problem("answers", f"{what}: {listed}{more}", warning=True, images=shown)
 
 
 def repeated(dataset: Dataset) -> int:
     """How many questions are asked again about the same image, with the same answer."""
-    asked = Counter((e.image_key, e.question, e.asked_regions, e.answers[0]) for e in dataset.examples)
-    return asked.total() - len(asked)
+    asked = np.column_stack([_asked(dataset), _numbered(e.answers[0] for e in dataset.examples)])
+    return len(asked) - len(np.unique(asked, axis=0))
+
+
+def _asked(dataset: Dataset) -> NDArray[np.int64]:
+    """(questions,) numbers that are equal where the same is asked about the same image."""
+    questions = _numbered((e.question, e.asked_regions) for e in dataset.examples)
+    distinct = int(questions.max(initial=0)) + 1
+    return _numbered(e.image_key for e in dataset.examples) * distinct + questions
+
+
+def _numbered(values: Iterable[Hashable]) -> NDArray[np.int64]:
+    """(values,) the number of each among the distinct ones, in order of first appearance."""
+    numbers: dict[Hashable, int] = {}
+    return np.fromiter((numbers.setdefault(value, len(numbers)) for value in values), np.int64)
 
 
 def _few(keys: Iterable[str]) -> tuple[str, ...]:

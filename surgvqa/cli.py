@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import surgvqa
 from surgvqa import recipe
-from surgvqa.endings import run_command, writing_to
+from surgvqa.endings import Stop, Stopped, leave_now, run_command, writing_to
 from surgvqa.recipe import BadInput, path_argument
 from surgvqa.terminal import forgiving_streams
 
@@ -41,7 +43,14 @@ def check(argv: Sequence[str]) -> int:
     names = [Path(file).stem for file in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         parser.error(f"{', '.join(twice)}: several recipes of that name would write the same files")
-    return max(_check(file, overrides, given.out, given.headers) for file in files)
+    try:
+        with Stop(start="stopped ({reason}); the images that were looked at are remembered") as stop:
+            return max(_check(file, overrides, given.out, given.headers) for file in files)
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        leave_now(
+            128 + signal.Signals.__members__.get(stop.reason or "", signal.SIGTERM)
+        )  # as shells tell it
 
 
 def _check(file: str, overrides: Sequence[str], out: Path, headers: bool) -> int:

@@ -18,14 +18,16 @@ import ctypes
 import errno
 import logging
 import os
+import select
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from surgvqa.demo import cache_root
 from surgvqa.recipe import BadInput, explain
@@ -55,6 +57,10 @@ class Preempted(Ending):
     exit_code = PREEMPTED
 
 
+class NotBegun(Preempted):
+    """Asked to stop before the first step."""
+
+
 class StorageFailure(Ending):
     exit_code = STORAGE
 
@@ -65,6 +71,18 @@ class NumericFailure(Ending):
 
 class PeerLost(Ending):
     exit_code = PEER_LOST
+
+
+class Stopped(BaseException):
+    """Raised in the main thread by a signal that comes before a command has started its real work.
+
+    Like KeyboardInterrupt it is no Exception: what handles errors of data or models must not take it for one.
+    """
+
+    exit_code = PREEMPTED
+
+
+NOT_BEGUN = "stopped ({reason}) before the first step; nothing was lost: the same command starts again"
 
 
 def is_storage(error: OSError) -> bool:
@@ -119,6 +137,8 @@ def run_command(work: Callable[[], int | None]) -> int:
         return work() or 0
     except BadInput as error:
         return explain(error)
+    except NotBegun as error:
+        leave_now(_told(error))
     except Ending as error:
         return _told(error)
     except OSError as error:
@@ -139,12 +159,25 @@ class Stop:
 
     A second signal ends the process at once. One that comes within SAME seconds is taken for the first,
     which launchers pass on to processes that have it already. Under nohup SIGHUP asks for nothing.
+
+    Until `started`, nobody looks at the flag: data are read and a model is loaded. So with `start`, the text
+    to say then, Stopped is raised in the main thread. Where that is busy in C for more than GRACE seconds,
+    such as waiting for another process, a thread calls `last_words` and ends the process with code 4.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     SAME = 3.0
+    GRACE = 3.0
 
-    def __init__(self, max_hours: float | None = None) -> None:
+    def __init__(self, max_hours: float | None = None, *, start: str = "") -> None:
+        """`start` may hold `{reason}`; without it, Stopped is never raised."""
+        self.start = start
+        self.spread: Callable[[str], object] = _ignored
+        """Tells the other processes that this one was asked to stop while it started, and why."""
+        self.last_words: Callable[[str], object] = _ignored
+        """Records the end of a process that its thread ends; gets the text to say."""
+        self._raised = False
+        self._main = threading.main_thread()
         self.reason: str | None = None
         self.since = 0.0
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
@@ -159,11 +192,59 @@ class Stop:
         }
         if _launched():
             _tell_of_parents_death()
+        self._thread: threading.Thread | None = None
+        if self.start:
+            self._woken, self._wakes = os.pipe()
+            os.set_blocking(self._wakes, False)
+            # Python's own handlers run between two steps of the main thread; this tells the thread at once.
+            self._wakes_before = signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
+            self._thread.start()
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.started()
+        if isinstance(error, Stopped):
+            self.obeyed()
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def started(self) -> None:
+        """From here on a signal sets the flag and does no more."""
+        self.start = ""
+        if self._thread is not None:
+            signal.set_wakeup_fd(self._wakes_before)
+            os.write(self._wakes, b"\0")
+            self._thread.join()
+            self._thread = None
+            os.close(self._woken)
+            os.close(self._wakes)
+
+    def ask(self, reason: str) -> None:
+        """Ask this process to stop, from any of its threads."""
+        if self.reason is None:
+            self.reason, self.since = reason, time.monotonic()
+        if self.start and not self._raised and self._main.ident is not None:
+            signal.pthread_kill(self._main.ident, signal.SIGUSR1)
+
+    def _watch(self) -> None:
+        """While the run starts, pass on that this process is to stop, and see that it does."""
+        until = None
+        while self.start:
+            ready, _, _ = select.select([self._woken], [], [], 0.5)
+            numbers = os.read(self._woken, 512) if ready else b""
+            names = [signal.Signals(n).name for n in numbers if n in self.SIGNALS]
+            if until is None and (names or self):
+                until = time.monotonic() + self.GRACE
+                reason = self.reason or names[0]
+                self.ask(reason)
+                with contextlib.suppress(Exception):  # the others may be gone
+                    self.spread(reason)
+            if until is not None and time.monotonic() > until and self.start:
+                said = self.start.format(reason=self.reason)
+                with contextlib.suppress(Exception):
+                    self.last_words(said)
+                os._exit(leave_code(PREEMPTED))
 
     def obeyed(self) -> None:
         """From here to its end the process heeds no signal: launchers send one to those that are last to end,
@@ -183,7 +264,13 @@ class Stop:
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             _print_nowhere()
-        if self.reason is None:
+        if self.start:
+            if not self._raised:
+                self._raised = True
+                if self.reason is None:
+                    self.reason, self.since = signal.Signals(number).name, time.monotonic()
+                raise Stopped(self.start.format(reason=self.reason))
+        elif self.reason is None:
             self.reason, self.since = signal.Signals(number).name, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 # Not `print`, which the signal may have come in the middle of.
@@ -192,6 +279,10 @@ class Stop:
         elif time.monotonic() - self.since > self.SAME:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def _ignored(text: str) -> None:
+    """Where there is nobody to tell."""
 
 
 def ignore_signals(worker: int) -> None:
@@ -225,6 +316,17 @@ def _tell_of_parents_death() -> None:
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def leave_now(code: int) -> NoReturn:
+    """End the process without freeing what it holds, which takes seconds with a million questions.
+
+    Other processes may be gone, too: freeing a process group would wait for them.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(leave_code(code))
 
 
 def leave_code(code: int, rank: int = 0) -> int:

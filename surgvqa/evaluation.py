@@ -27,7 +27,16 @@ from surgvqa import checkpoint, corrupt, datasets, grounding, processes, results
 from surgvqa.audit import condensed
 from surgvqa.datasets import Example, Region
 from surgvqa.decode import greedy, log_probabilities
-from surgvqa.endings import NumericFailure, Preempted, Stop, leave_code, of_os_error, run_command
+from surgvqa.endings import (
+    NotBegun,
+    NumericFailure,
+    Preempted,
+    Stop,
+    Stopped,
+    leave_code,
+    of_os_error,
+    run_command,
+)
 from surgvqa.loss import TreeLoss
 from surgvqa.metrics import Prediction
 from surgvqa.peers import Peers
@@ -44,6 +53,8 @@ log = logging.getLogger("surgvqa")
 _TREES_AT_ONCE = 16
 """Trees per process that are shared out together; then the processes tell each other their answers, and
 whether to stop."""
+
+_NOT_BEGUN = "stopped ({reason}) before the first answer; nothing was lost: the same command starts again"
 
 ABLATIONS = ("black", "shuffle")
 
@@ -294,7 +305,7 @@ def examine(
     files = source.files(part, variant)
     begun = Begun(
         files[0].with_name(f"{files[0].name}.partial"),
-        _fingerprint(prepared, part, source, variant),
+        _fingerprint(prepared, part, source, variant) if main else "",
         questions,
     )
     answers = main_first(accelerator, begun.known)
@@ -412,7 +423,7 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     """The scores of each variant, by a model that is loaded once."""
     accelerator = processes.start()
-    with Peers(accelerator, source.settings.train.peer_timeout):
+    with Peers(accelerator, source.settings.train.peer_timeout, stop=stop):
         found = _evaluated(source, part, variants, stop, accelerator, accept_changes)
     processes.stop(accelerator)
     return found
@@ -451,6 +462,9 @@ def _evaluated(
             log.warning("warning: %s", warning)
     network = prepared.network(source.checkpoint) if source.checkpoint else prepared.published()
     network = network.to(accelerator.device)
+    if stop is not None:
+        processes.anywhere(accelerator, False)  # all have come as far as this
+        stop.started()
     return [
         examine(
             network,
@@ -559,10 +573,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         spoiled = [each.name for text in given.corrupt or () for each in corrupt.parse(text)]
         variants = list(dict.fromkeys([*(given.ablate or ()), *spoiled])) or [""]
         source = opened(given.source, recipe_file=given.recipe, overrides=given.overrides, output=given.out)
-        with Stop() as stop, workers_watched():
-            try:
+        try:
+            with Stop(start=_NOT_BEGUN) as stop, workers_watched():
                 _evaluate(source, given.split, variants, stop, given.accept_changes)
-            except OSError as error:
-                raise of_os_error(error, source.run) or error from None
+        except Stopped as error:
+            raise NotBegun(str(error)) from None
+        except OSError as error:
+            raise of_os_error(error, source.run) or error from None
 
     return leave_code(run_command(work))

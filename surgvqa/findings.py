@@ -41,6 +41,9 @@ from surgvqa.scan import ImageFacts
 VERSION = 1
 """Of the layout of audit.json."""
 
+_AT_ONCE = 4096
+"""Texts that are tokenized together."""
+
 _THUMB = 200
 """Side of a picture on the page, in pixels."""
 
@@ -255,11 +258,13 @@ def type_counts(dataset: Dataset) -> dict[str, dict[str, Any]]:
     found = {}
     for kind, examples in sorted(by_type.items()):
         parts = {part: [e for e in examples if e.split == part] for part in PARTS}
-        trained = Counter(normalise(e.answers[0]) for e in parts["train"])
+        trained = Counter[str]()
+        for answer, count in Counter(e.answers[0] for e in parts["train"]).items():
+            trained[normalise(answer)] += count
         majority = prior.by_type.get(kind)
         found[kind] = {
             "questions": {part: len(parts[part]) for part in PARTS},
-            "answers": len({normalise(e.answers[0]) for e in examples}),
+            "answers": len(set(map(normalise, {e.answers[0] for e in examples}))),
             "majority": {
                 "answer": majority,
                 "share": trained[majority] / trained.total() if majority is not None else None,
@@ -272,7 +277,9 @@ def type_counts(dataset: Dataset) -> dict[str, dict[str, Any]]:
 def _right(prior: Prior, examples: Sequence[Example]) -> float | None:
     if not examples:
         return None
-    return sum(exact(prior.answer(e.question, e.question_type), e.answers) for e in examples) / len(examples)
+    alike = Counter((e.question, e.question_type, e.answers) for e in examples)
+    right = (count * exact(prior.answer(*asked), answers) for (*asked, answers), count in alike.items())
+    return sum(right) / len(examples)
 
 
 def _tokens_of(folder: Folder | None) -> Callable[[Iterable[str]], dict[str, int]] | None:
@@ -287,9 +294,12 @@ def _tokens_of(folder: Folder | None) -> Callable[[Iterable[str]], dict[str, int
         return None
 
     def count(texts: Iterable[str]) -> dict[str, int]:
-        distinct = list(dict.fromkeys(texts))
-        encoded = tokenizer.encode_batch(distinct, add_special_tokens=False)
-        return {text: len(each.ids) for text, each in zip(distinct, encoded, strict=True)}
+        distinct, counts = list(dict.fromkeys(texts)), dict[str, int]()
+        for start in range(0, len(distinct), _AT_ONCE):  # no signal is heeded within a batch
+            some = distinct[start : start + _AT_ONCE]
+            encoded = tokenizer.encode_batch(some, add_special_tokens=False)
+            counts |= {text: len(each.ids) for text, each in zip(some, encoded, strict=True)}
+        return counts
 
     return count
 
@@ -354,6 +364,9 @@ def _too_long(
     for size in set(sizes.values()):
         canvases[size] = letterbox.canvas_of(size, settings.image, folder.factor).tokens(folder.factor)
     counts = tokens(text for e in dataset.examples for text in (e.question, e.answers[0]))
+    most_images = max((len(example.images) for example in dataset.examples), default=0)
+    if most_images * max(canvases.values(), default=0) + 2 * max(counts.values(), default=0) <= limit:
+        return
     for example in dataset.examples:
         if any(ref.key not in sizes for ref in example.images):
             continue

@@ -86,10 +86,11 @@ class Prior:
         by_question: dict[str, Counter[str]] = defaultdict(Counter)
         by_type: dict[str, Counter[str]] = defaultdict(Counter)
         overall: Counter[str] = Counter()
-        for example in train:
-            answer = normalise(example.answers[0])
-            for counter in (by_question[example.question], by_type[example.question_type], overall):
-                counter[answer] += 1
+        alike = Counter((example.question, example.question_type, example.answers[0]) for example in train)
+        for (question, kind, given), count in alike.items():
+            answer = normalise(given)
+            for counter in (by_question[question], by_type[kind], overall):
+                counter[answer] += count
         self.by_question = {question: _majority(counter) for question, counter in by_question.items()}
         self.by_type = {kind: _majority(counter) for kind, counter in by_type.items()}
         self.overall = _majority(overall)

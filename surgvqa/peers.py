@@ -6,6 +6,7 @@ which step it last finished. The thread of a stopped process stops too; that of 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, says its documentation
 
-from surgvqa.endings import PEER_LOST, PeerLost, leave_code
+from surgvqa.endings import PEER_LOST, PeerLost, Stop, Stopped, leave_code
 
 log = logging.getLogger("surgvqa")
 
@@ -26,18 +27,25 @@ EVERY = 1.0
 """Seconds between two signs of life."""
 SUSPECT = 5.0
 """Seconds of silence that explain a failed exchange."""
+HEARD_WITHIN = 2.0
+"""Seconds that the main process, which holds the store, waits until the others know that all are to stop."""
 
 
 class Peers:
     """The other processes, watched for as long as this is entered."""
 
     def __init__(
-        self, accelerator: Accelerator, patience: float, record: Callable[[str], object] | None = None
+        self,
+        accelerator: Accelerator,
+        patience: float,
+        record: Callable[[str], object] | None = None,
+        stop: Stop | None = None,
     ) -> None:
         """`patience`: seconds of silence after which a process is lost, and this one ends with the code for
-        it, whatever its main thread waits for; one of them calls `record` with what it says of it."""
+        it, whatever its main thread waits for; one of them calls `record` with what it says of it. A process
+        that is asked to stop while the run starts has the others' `stop` asked, too."""
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.patience, self.record, self.step = patience, record, 0
+        self.patience, self.record, self.step, self.stop = patience, record, 0, stop
         self._ended = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}
         self._thread: threading.Thread | None = None
@@ -57,6 +65,8 @@ class Peers:
         self._seen = {rank: ("", time.monotonic()) for rank in range(self.world) if rank != self.rank}
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
+        if stop is not None:
+            stop.spread = lambda reason: self._store.set("stop", reason)
 
     def done(self, step: int) -> None:
         """Tell that a step is finished."""
@@ -69,6 +79,8 @@ class Peers:
         """Stop watching. Raises PeerLost where an exchange failed because another process is silent."""
         if isinstance(error, RuntimeError):
             self._explain(error)
+        if isinstance(error, Stopped) and self._thread is not None:
+            self._part()
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -80,6 +92,15 @@ class Peers:
                 self._leave(*lost)
                 raise PeerLost(lost[1]) from error
             time.sleep(EVERY / 4)
+
+    def _part(self) -> None:
+        """Tell that this process knows that all are to stop, and on the main one wait until all know it."""
+        with contextlib.suppress(RuntimeError):  # the main process held the store
+            self._store.set(f"stopped/{self.rank}", "")
+            until = time.monotonic() + HEARD_WITHIN
+            others = [f"stopped/{rank}" for rank in range(self.world)]
+            while self.rank == 0 and time.monotonic() < until and not self._store.check(others):
+                time.sleep(0.05)
 
     def _watch(self) -> None:
         while not self._ended.wait(EVERY):
@@ -105,6 +126,8 @@ class Peers:
         try:
             self._tell()
             self._listen()
+            if self.stop is not None and self.stop.reason is None and self._store.check(["stop"]):
+                self.stop.ask(self._store.get("stop").decode())
         except RuntimeError:  # the main process held the store
             if self.rank != 0:
                 self._seen[0] = (self._seen[0][0], float("-inf"))

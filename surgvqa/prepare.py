@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import socket
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from surgvqa.datasets import splits
 from surgvqa.digests import Digests
 from surgvqa.metrics import Prior, class_weights, normalise
 from surgvqa.plan import Plan
-from surgvqa.processes import main_first
+from surgvqa.processes import main_first, refuse_together
 from surgvqa.recipe import BadInput, Part, Recipe
 from surgvqa.tokens import ChatTokens
 from surgvqa.tree import Questions
@@ -64,6 +65,8 @@ class Prepared:
     """What the base model holds; None before that was asked for, see `identified`."""
     base_changes: Sequence[str] = ()
     """In what the base model is not what the checkpoint was trained on; accepted."""
+    progress: bool = False
+    """Whether to show how far the work is."""
 
     def identified(self, accelerator: Accelerator) -> Prepared:
         """Return the same with `base`, found by the main process. Fetches the weights, and raises BadInput
@@ -104,6 +107,7 @@ class Prepared:
             weights=np.array([weights[normalise(e.answers[0])] for e in examples]) if weights else None,
             per=self.recipe.loss.per,
             labels=[closed_set(self.recipe, e) for e in examples] if chosen else None,
+            progress=self.progress,
         )
 
     def varied(self, questions: Questions, variant: str) -> Questions:
@@ -339,12 +343,20 @@ def prepare(
     """Read and check everything but the weights, on every process.
 
     `evaluated` are the parts to be evaluated; None for the recipe's own. `checkpoint` is one to go on from,
-    see `resolve_model`. Images are decoded by the main process alone, which tells the others. Raises BadInput
-    with all errors of data and model folder, and at once where the model is too large for the CPU.
+    see `resolve_model`. All processes read the rows at the same time; the main one alone audits them and
+    decodes the images, and tells the others. Raises BadInput on every process, with all errors of data and
+    model folder, and at once where the model is too large for the CPU.
     """
     settings = recipe.model
+    main = accelerator is None or accelerator.is_main_process
     loaded: list[datasets.Dataset] = []
     ids: list[str] = []
+    problems: list[str] = []
+    if not main:
+        try:
+            loaded.append(datasets.load(recipe.data))
+        except (BadInput, OSError) as error:  # told where the main process finds nothing wrong
+            problems = [f"{_here(accelerator)}: {error}"]
 
     def examine() -> tuple[Audit, str, Resolved]:
         """Everything at once: what is wrong with the data is not hidden behind a model that is not there."""
@@ -379,12 +391,15 @@ def prepare(
     if folder.path != checkpoint:
         # The main process fetched the model's files; each process finds them on its own node.
         folder = hub.find(folder.name, folder.revision, processor=checkpoint)
-    dataset = loaded[0] if loaded else found.kept(datasets.load(recipe.data))
-    if _digest(example.id for example in dataset.examples) != kept:
-        raise BadInput(
-            f"data.path: this process reads other questions in {recipe.data.path} than the main process; see "
-            "that its node has the same files"
-        )
+    if loaded and not main:
+        loaded[0] = found.kept(loaded[0])
+        if _digest(example.id for example in loaded[0].examples) != kept:
+            problems.append(
+                f"data.path: {_here(accelerator)} reads other questions in {recipe.data.path} than the main "
+                "process; see that its node has the same files"
+            )
+    refuse_together(accelerator, problems)
+    dataset = loaded[0]
     chat = ChatTokens(folder, system=recipe.prompt.system, instructions=recipe.prompt.instructions)
     pictures = found.pictures
     canvases = {
@@ -403,7 +418,13 @@ def prepare(
         found.counts,
         base=resolved.base,
         base_changes=resolved.changes,
+        progress=progress,
     )
+
+
+def _here(accelerator: Accelerator | None) -> str:
+    rank = accelerator.process_index if accelerator is not None else 0
+    return f"process {rank} on {socket.gethostname()}"
 
 
 def check_device(device: torch.device, folder: hub.Folder) -> None:
@@ -473,6 +494,7 @@ def _joined(known: Mapping[str, datasets.Example]) -> dict[str, str]:
 
 def _digest(values: Iterable[object]) -> str:
     digest = hashlib.sha256()
-    for value in values:
-        digest.update(repr(value).encode() + b"\n")
+    lines = (f"{value!r}\n" for value in values)
+    while some := "".join(itertools.islice(lines, 1000)):
+        digest.update(some.encode())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 import surgvqa
 from surgvqa.recipe import BadInput
@@ -123,6 +123,13 @@ def main_first(accelerator: Accelerator | None, work: Callable[[], Result]) -> R
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]  # None only where Result has it
+
+
+def refuse_together(accelerator: Accelerator | None, problems: Sequence[str]) -> None:
+    """Raise BadInput on every process with the problems that all of them have, where there are any."""
+    every = list(problems) if accelerator is None else gather_object(list(problems))
+    if every:
+        raise BadInput(dict.fromkeys(every))
 
 
 def anywhere(accelerator: Accelerator, here: bool) -> bool:

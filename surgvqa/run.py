@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from surgvqa import checkpoint, endings, lock
 from surgvqa.datasets import Problem
-from surgvqa.endings import ENDED
+from surgvqa.endings import ENDED, Stop
 from surgvqa.lock import METRICS, Lock
 from surgvqa.processes import main_first
 from surgvqa.recipe import COUNT, BadInput, Eval, Log, Recipe
@@ -167,25 +167,36 @@ def _foreign(run: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def owned(run: Path, accelerator: Accelerator) -> Iterator[list[str]]:
+def owned(run: Path, accelerator: Accelerator, stop: Stop) -> Iterator[list[str]]:
     """Hold the run's folder, and leave in it how the run ended: in the words put into what this gives.
 
-    A run that was done stays so where a start of it is refused.
+    A run that was done stays so where a start of it is refused. Where `stop` has to end the process itself,
+    the same is left.
     """
     locks: list[Lock] = []
     before = json_of(run / ENDED)
-    main_first(accelerator, lambda: locks.append(claim(run)))
+
+    def last_words(reason: str) -> None:
+        log.error("%s", reason)
+        end(run, endings.PREEMPTED, reason)
+        locks[0].release()
+
+    def hold() -> None:
+        locks.append(claim(run))
+        stop.last_words = last_words
+
+    main_first(accelerator, hold)
     code, reason, told = 1, "interrupted", list[str]()
     try:
         yield told
         code, reason = 0, "; ".join(told) or "done"
-    except Exception as error:
+    except (Exception, endings.Stopped) as error:
         if isinstance(error, OSError):
             error = endings.of_os_error(error, run) or error
         code, reason = getattr(error, "exit_code", 1), str(error)
         raise error
     finally:
-        if accelerator.is_main_process:
+        if locks:
             if code == BadInput.exit_code and before.get("code") == 0:
                 code, reason = 0, str(before.get("reason"))
             end(run, code, reason)

@@ -228,8 +228,11 @@ def near(
             pairs += [(start + int(row), int(hit), int(bits[row, hit])) for hit in hits]
         return pairs
 
-    with ThreadPoolExecutor(cores()) as pool:
+    pool = ThreadPoolExecutor(cores())
+    try:
         return [pair for pairs in pool.map(block, range(0, len(left), 16)) for pair in pairs]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def alike(

@@ -13,7 +13,8 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LINE_EVERY = 10.0
+"""Seconds between two lines about work that goes on, where there is no terminal to draw a bar on."""
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 """Errors of a stream whose reader or terminal has gone: nobody is left who could be told."""
 
@@ -127,12 +130,35 @@ class Console(rich.console.Console):
             yield segment if control else Segment(printable(text, keep="\n\t"), style)
 
 
-def tracked(results: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """The results as they come, with a bar on stderr where that is a terminal."""
-    from rich.progress import track
+def tracked(
+    results: Iterable[T],
+    what: str,
+    total: int | None = None,
+    *,
+    of: str = "",
+    size: Callable[[T], int] | None = None,
+) -> Iterator[T]:
+    """Yield the results as they come; show on stderr how many there were: `images: 12,000/25,000`.
 
-    console = Console(stderr=True)
-    return track(results, what, total, console=console, transient=True, disable=not console.is_terminal)
+    On a terminal it is a bar, elsewhere a line every LINE_EVERY seconds. `total` is how many are expected,
+    None where nobody knows; `of` says what they are; a result may count for several, its `size`.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console, done, said = Console(stderr=True), 0, time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        every = 0.2 if console.is_terminal else LINE_EVERY
+        for result in results:
+            yield result
+            done += 1 if size is None else size(result)
+            if (now := time.monotonic()) - said >= every:
+                said = now
+                line = f"{what}: {done:,}" + (f"/{total:,}" if total else "") + (f" {of}" if of else "")
+                progress.update(task, completed=done, description=line)
+                if not console.is_terminal:
+                    console.print(line, soft_wrap=True, highlight=False)
 
 
 class Formatter(logging.Formatter):

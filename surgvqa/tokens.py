@@ -17,6 +17,7 @@ but in no text of the data. Nor may any other structural token (`Folder.special_
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,7 @@ from surgvqa.augment import Placement
 from surgvqa.datasets import Example
 from surgvqa.hub import Folder, chat_template
 from surgvqa.recipe import BadInput
+from surgvqa.terminal import tracked
 
 Ints = NDArray[np.int32]
 
@@ -175,6 +177,8 @@ class ChatTokens:
 
     def question_text(self, example: Example, canvases: Mapping[str, Placement] = _NONE) -> str:
         """`Example.prompt` as the model reads it, with the boxes of its questions."""
+        if not (example.context or example.asked_regions):
+            return example.prompt(self.instructions)
         context = tuple((self._with_boxes(other, canvases), answer) for other, answer in example.context)
         return replace(self._with_boxes(example, canvases), context=context).prompt(self.instructions)
 
@@ -196,9 +200,15 @@ class ChatTokens:
         )
 
     def branches(
-        self, examples: Sequence[Example], canvases: Mapping[str, Placement] = _NONE
+        self,
+        examples: Sequence[Example],
+        canvases: Mapping[str, Placement] = _NONE,
+        *,
+        progress: bool = False,
     ) -> list[Branch]:
         """One branch for each example, answering `answers[0]`; boxes are those on `canvases` (image key).
+
+        `progress` shows how many of the different questions are done.
 
         Raises BadInput listing every example that holds a special token, or naming the first that cannot
         be cut from its conversation.
@@ -207,22 +217,29 @@ class ChatTokens:
             f"{example.place or example.id}: holds the special token {token}, "
             "which would break the conversation"
             for example in examples
+            if "<" in "".join((*example.texts, self.instructions.get(example.question_type, "")))
             for texts in ([*example.texts, self.instructions.get(example.question_type, "")],)
-            if any("<" in text for text in texts)
             for token in sorted(self.folder.special_tokens)
             if any(token in text for text in texts)
         ]
         if problems:
             raise BadInput(problems)
-        questions = [self.question_text(example, canvases) for example in examples]
-        answers = [self.answer_text(example, canvases) for example in examples]
         first: dict[tuple[str, str], Example] = {}
-        for pair, example in zip(zip(questions, answers, strict=True), examples, strict=True):
+        number: dict[tuple[str, str], int] = {}
+        asked = array("q")
+        """(examples,) the number of each one's pair of question and answer."""
+        for example in examples:
+            pair = self.question_text(example, canvases), self.answer_text(example, canvases)
             first.setdefault(pair, example)
-        pairs, made = list(first), {}
+            asked.append(number.setdefault(pair, len(number)))
+        pairs, made = list(first), list[Branch]()
         lead = self._encode([self._root_text])[0]
-        for start in range(0, len(pairs), _PAIRS):
-            some = pairs[start : start + _PAIRS]
+        parts: Iterable[list[tuple[str, str]]] = (
+            pairs[start : start + _PAIRS] for start in range(0, len(pairs), _PAIRS)
+        )
+        if progress:
+            parts = tracked(parts, "tokenizing different questions", len(pairs), size=len)
+        for some in parts:
             prompts = [self._before + question + self._between for question, _ in some]
             texts = [prompt + answer + self._after for prompt, (_, answer) in zip(prompts, some, strict=True)]
             for pair, text, ids, prompt, whole in zip(
@@ -245,8 +262,8 @@ class ChatTokens:
                         f"{len(lead)} + {len(ids)} tokens against {len(whole)}, "
                         f"{len(prompt)} of them prompt"
                     )
-                made[pair] = Branch(ids, len(prompt), answer_end - len(prompt))
-        return [made[pair] for pair in zip(questions, answers, strict=True)]
+                made.append(Branch(ids, len(prompt), answer_end - len(prompt)))
+        return [made[place] for place in asked]
 
     def candidates(
         self,

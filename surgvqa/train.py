@@ -28,7 +28,17 @@ from torch import Tensor, nn
 
 from surgvqa import checkpoint, evaluation, hub, memory, model, processes, recipe
 from surgvqa.banner import banner, example
-from surgvqa.endings import PEER_LOST, NumericFailure, Preempted, Stop, leave_code, run_command
+from surgvqa.endings import (
+    NOT_BEGUN,
+    PEER_LOST,
+    NotBegun,
+    NumericFailure,
+    Preempted,
+    Stop,
+    Stopped,
+    leave_code,
+    run_command,
+)
 from surgvqa.flops import Speed
 from surgvqa.loss import TreeLoss
 from surgvqa.peers import Peers
@@ -82,23 +92,31 @@ def train(settings: Recipe, *, fresh: bool = False, accept_changes: bool = False
     Raises BadInput before the model loads for anything that a person must mend, else one of the endings
     of surgvqa/endings.py, on all processes alike.
     """
+    try:
+        with Stop(settings.train.max_hours, start=NOT_BEGUN) as stop:
+            return _run(settings, stop, fresh=fresh, accept_changes=accept_changes)
+    except Stopped as error:
+        raise NotBegun(str(error)) from None
+
+
+def _run(settings: Recipe, stop: Stop, *, fresh: bool, accept_changes: bool) -> Path:
+    """What `train` does; raises Stopped where `stop` is asked before the first step."""
     run, ending = Path(settings.output), None
     lost = partial(end, run, PEER_LOST)
-    with Stop(settings.train.max_hours) as stop:
-        accelerator = processes.start()
-        with (
-            owned(run, accelerator) as ended,
-            Peers(accelerator, settings.train.peer_timeout, lost) as peers,
-        ):
-            try:
-                with workers_watched():
-                    ended += [_train(settings, run, fresh, accept_changes, accelerator, stop, peers)]
-            except Preempted as error:
-                ending = Preempted(str(error))  # without the frames, which hold the wrapped model
-                stop.obeyed()
-            processes.stop(accelerator)
-            if ending:
-                raise ending
+    accelerator = processes.start()
+    with (
+        owned(run, accelerator, stop) as ended,
+        Peers(accelerator, settings.train.peer_timeout, lost, stop) as peers,
+    ):
+        try:
+            with workers_watched():
+                ended += [_train(settings, run, fresh, accept_changes, accelerator, stop, peers)]
+        except Preempted as error:
+            ending = Preempted(str(error))  # without the frames, which hold the wrapped model
+            stop.obeyed()
+        processes.stop(accelerator)
+        if ending:
+            raise ending
     return run
 
 
@@ -111,7 +129,7 @@ def _train(
     stop: Stop,
     peers: Peers,
 ) -> str:
-    """What `train` does; returns how it ended."""
+    """The run in its folder; returns how it ended."""
     main, world, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     console = Console(quiet=not main)
 
@@ -140,8 +158,9 @@ def _train(
     # Where to begin, and the model.
     if fresh:
         main_first(accelerator, lambda: clear(run))
-    fingerprint = prepared.fingerprint()
-    judged = validation.judged if validation else None
+    # Only the main process reads or writes checkpoints, and of much data these take seconds.
+    fingerprint = prepared.fingerprint() if main else {}
+    judged = validation.judged if validation and main else None
     resume = None
     if going_on:
         resume = main_first(
@@ -305,6 +324,8 @@ def _train(
         )
     )
     settled = resume.settled if resume else True
+    processes.anywhere(accelerator, False)  # all have come as far as this
+    stop.started()
     with (
         Records(run, start, total, settings.log, console, settled) as records,
         checkpoint.Writer(run / "checkpoints", settings.checkpoint.keep, records.saved) as writer,

@@ -244,6 +244,7 @@ class Questions:
         weights: NDArray[np.float64] | None = None,
         per: str = "token",
         labels: Sequence[Sequence[str]] | None = None,
+        progress: bool = False,
     ) -> None:
         """`canvases` maps image keys; `weights` (questions,) are class weights.
 
@@ -263,7 +264,7 @@ class Questions:
         self.room = KEPT_BYTES
         """Bytes left for scaled pictures to keep."""
         self.labels = labels
-        self.branches = chat.branches(examples, canvases)
+        self.branches = chat.branches(examples, canvases, progress=progress)
         self.candidates = None if labels is None else chat.candidates(examples, labels, canvases)
         """Each question with its labels as children."""
         answer_tokens = np.array([branch.answer for branch in self.branches], np.float64)

@@ -42,9 +42,9 @@ class Validation:
     def __init__(self, prepared: Prepared) -> None:
         """Raises BadInput where they are too long."""
         self.settings = settings = prepared.recipe.eval
+        self._prepared = prepared
         self.questions = prepared.questions(settings.split, settings.questions, asked=True)
         prepared.plan(self.questions)
-        self.judged = prepared.judged(self.questions)
         self.prior = prepared.prior()
         self.seed = prepared.recipe.train.seed
 
@@ -71,6 +71,11 @@ class Validation:
         row = main_first(accelerator, judge)
         score = standing(row, self.settings.metric) if row["loss"] is not None else None
         return Look(row, score, drawn[0] if drawn else None)
+
+    @functools.cached_property
+    def judged(self) -> dict[str, str]:
+        """See `Prepared.judged`; the main process alone needs it."""
+        return self._prepared.judged(self.questions)
 
     @functools.cached_property
     def _sheet(self) -> pictures.Sheet:

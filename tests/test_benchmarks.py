@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: E402
     plan,
     report,
     scores,
+    start,
     train,
     where,
 )
@@ -143,6 +144,19 @@ def test_an_audit_decodes_once(tmp_path: Path) -> None:
     rows = written(tmp_path / "audit.json")["rows"]
     assert [(row["decoded"], row["images"]) for row in rows[:3]] == [(0, 8), (8, 8), (0, 8)]
     assert "| everything again |" in charts.tables(tmp_path)["audit"]
+
+
+def test_a_start_is_measured_and_stopped(tmp_path: Path) -> None:
+    few = ["--images", "20", "--questions", "200", "--data", str(tmp_path / "data")]
+    assert start.main([*few, "--only", "empty", "--out", str(tmp_path)]) == 0
+    [row] = written(tmp_path / "start.json")["rows"]
+    assert row["seconds"] > 0
+    assert row["cpu_seconds"] > 0
+    assert len(row["peak_gib"]) == 1
+    assert "| check, empty image cache | this |" in charts.tables(tmp_path)["start"]
+    (tmp_path / "data/run/recipe.yaml").unlink()
+    with pytest.raises(SystemExit, match="report failed"):
+        start.main([*few, "--only", "report", "--out", str(tmp_path)])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the references, about the data

@@ -16,6 +16,8 @@ from sources import PIXEL, SHARED, load, source
 
 from surgvqa import recipe
 from surgvqa.datasets import Dataset, Example, Problem, tables
+from surgvqa.datasets import load as load_all
+from surgvqa.recipe import Split
 
 OTHER_PIXEL = PIXEL[:-4] + b"\xff\0\0\0"
 
@@ -600,3 +602,19 @@ output: runs/x
     assert [problem.split(":")[1].strip() for problem in wrong.value.problems] == [
         "data.more.0.format", "data.more.1.path",
     ]  # fmt: skip
+
+
+def test_equal_values_of_examples_are_one_object(folder: Path) -> None:
+    """A million questions on a few images would else take twice the memory."""
+    rows = [
+        row(image=f"{'ab'[n % 2]}.png", question=f"Is it {'so' * (n % 3)}?", answer=["yes", "no"])
+        for n in range(12)
+    ]
+    file = jsonl(folder / "q.jsonl", *rows)
+    text = f"data: {{format: jsonl, path: {file}}}, image: {{size: 64}}, output: run"
+    settings = recipe.parse(f"{{model: {{name: tiny-qwen3-vl}}, {text}, eval: {{final: null, every: null}}}}")
+    examples = load_all(settings.data.model_copy(update={"split": Split(by="image")})).examples
+    assert len(examples) == 12
+    distinct = {"images": 2, "question": 3, "answers": 1, "question_type": 1, "group": 2}
+    for name, count in distinct.items():
+        assert len({id(getattr(example, name)) for example in examples}) == count, name

@@ -85,6 +85,8 @@ def as_text(value: object) -> str:
 
     Raises ValueError with what is wrong, to be put after the field's name.
     """
+    if type(value) is str and value.isascii() and "\0" not in value:  # most are, and this is quick
+        return value.strip()
     if value is None:
         return ""
     if isinstance(value, float) and not math.isfinite(value):
@@ -145,10 +147,10 @@ def jsonl_rows(file: Path) -> Iterator[Row | Problem]:
         yield Problem(str(file), f"cannot be read: {error.strerror}", whole=True)
         return
     with lines:
-        number, decoder = 0, _Decoder()
+        name, number, decoder = str(file), 0, _Decoder()
         while line := lines.readline(_LONGEST + 1):
             number += 1
-            place = f"{file}:{number}"
+            place = f"{name}:{number}"
             if len(line) > _LONGEST:
                 yield Problem(place, _TOO_LONG)
                 _skip_line(lines, line)

@@ -40,6 +40,7 @@ class Images:
         self._roots = [folder.resolve(), *(Path(root).resolve() for root in roots)]
         self._known: dict[str, ImageRef | str] = {}
         self._named: dict[str, Path] = {}
+        self._folders: dict[str, Path] = {}
 
     def locate(self, name: str) -> ImageRef:
         """The regular file `name`, really inside one of the folders; its key is its path in there.
@@ -92,6 +93,15 @@ class Images:
                 found[entry.name] = str(error)
         return found
 
+    def _resolved(self, root: Path, name: str) -> Path:
+        """Return `(root / name).resolve()`; of many files in one folder that folder is resolved once."""
+        folder, base = os.path.split(name)
+        if base in ("", ".", "..") or (root / name).is_symlink():
+            return (root / name).resolve()
+        if (known := self._folders.get(f"{root}/{folder}")) is None:
+            known = self._folders[f"{root}/{folder}"] = (root / folder).resolve()
+        return known / base
+
     def _outside(self, place: Path) -> str:
         where = f"leads out of {self._roots[0]}, to {place}"
         return f"{where}; list a folder around it in data.roots if that is meant"
@@ -123,7 +133,7 @@ class Images:
         outside = None
         for root in self._roots:
             try:
-                file = (root / name).resolve()
+                file = self._resolved(root, name)
                 home = next((root for root in self._roots if file.is_relative_to(root)), None)
                 if home is None:
                     outside = file

@@ -166,8 +166,9 @@ def examples(
             except ValueError as error:
                 fields.wrong.append(f"its text has the box {error}")
         told.add(row, fields)
-        yield from (Problem(row.place, what) for what in fields.wrong)
-        if not fields.wrong:
+        if fields.wrong:
+            yield from (Problem(row.place, what) for what in fields.wrong)
+        else:
             yield example
     used = {theirs for name in (*NEEDED, *OPTIONAL) for theirs in names_of(source.columns, name)}
     used |= {*told.choices, *names_of(source.columns, "choices")}
@@ -301,7 +302,7 @@ class Fields:
 
     def __getitem__(self, name: str) -> Any:
         """The value of one of our columns; of one that is several columns, all that they hold, as a list."""
-        theirs = self._columns.get(name, name)
+        theirs = self._columns.get(name, name) if self._columns else name
         if isinstance(theirs, str):
             return self._fields.get(theirs)
         values: list[Any] = []
@@ -369,7 +370,7 @@ class Fields:
     def optional(self, name: str) -> str:
         """A field's text, or "" where it has none."""
         value = self[name]
-        if isinstance(value, float) and math.isnan(value):  # how pandas writes a missing value
+        if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: pandas' missing value
             return ""
         try:
             return as_text(value)
@@ -518,7 +519,7 @@ class Fields:
     def _boxes(self, name: str) -> object:
         """A column's boxes, taken out of the text that CSV has; None where there are none."""
         value = self[name]
-        if isinstance(value, float) and math.isnan(value):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
             return None
         if not isinstance(value, str):
             return value

@@ -60,10 +60,12 @@ def write(
     """
     shown = content.entries(folders, split)
     judged = [entry for entry in shown if entry.judged]
-    summaries = content.summaries(shown)
+    summaries = content.summaries(shown, progress=progress)
+    answered = {row.id for entry in judged if entry.judged for row in entry.judged.predictions}
     examples: dict[str, Example] = {}
     for summary in reversed(summaries):
-        examples |= {e.id: e for e in summary.dataset.examples} if summary.dataset else {}
+        if summary.dataset:
+            examples |= {e.id: e for e in summary.dataset.examples if e.id in answered}
     page = _Page(shown, judged, summaries)
     packed, seen, notes = _gallery(judged, examples, page, pictures=pictures, progress=progress)
     text = page.render(packed, seen, notes)

@@ -514,7 +514,9 @@ class Summary:
         return findings.type_counts(self.dataset) if self.dataset else {}
 
 
-def summaries(shown: Sequence[Entry], audits: Path = Path("audit")) -> list[Summary]:
+def summaries(
+    shown: Sequence[Entry], audits: Path = Path("audit"), *, progress: bool = False
+) -> list[Summary]:
     """Each data set once, with the runs it is of; one that cannot be read any more is told, and why."""
     of_data: dict[str, list[Entry]] = defaultdict(list)
     for entry in shown:
@@ -525,7 +527,7 @@ def summaries(shown: Sequence[Entry], audits: Path = Path("audit")) -> list[Summ
         names, sources = [entry.name for entry in same], [printable(_source(each)) for each in data.sources]
         audit = next(filter(None, (_audit(entry, audits) for entry in same)), "")
         try:
-            found.append(Summary(names, sources, datasets.load(data), audit=audit))
+            found.append(Summary(names, sources, datasets.load(data, progress=progress), audit=audit))
         except (BadInput, OSError) as error:
             why = printable(" ".join(str(error).split()))
             found.append(Summary(names, sources, note=why, audit=audit))

@@ -258,6 +258,8 @@ class _Table:
         self.names, self.examples, self.refs, self.shown, self.cut = names, examples, refs, shown, cut
         self.was_cut = False
         self.texts: dict[str, int] = {}
+        self._known: dict[str, int] = {}
+        """A text as it was given → its number: most come many times."""
         self.types: dict[str, int] = {}
         self.images: dict[str, int] = {}
         self.frames: list[list[Any]] = []
@@ -287,10 +289,12 @@ class _Table:
             self.boxes[number] = boxes
 
     def _text(self, text: str) -> int:
+        if (number := self._known.get(text)) is not None:
+            return number
         shown = printable(text, keep="\n\t")
         if len(shown) > self.cut:
             shown, self.was_cut = shown[: self.cut] + " …", True
-        return self.texts.setdefault(shown, len(self.texts))
+        return self._known.setdefault(text, self.texts.setdefault(shown, len(self.texts)))
 
     def _image(self, one: Prediction) -> int:
         if one.image not in self.images:
@@ -305,6 +309,8 @@ class _Table:
 
     def _boxes(self, one: Prediction, row: Row) -> Iterator[list[int]]:
         """[what, image, x1, y1, x2, y2 in thousandths of the canvas, label] of boxes on shown pictures."""
+        if not self.shown.canvases:
+            return
         refs = dict(self.refs.get(one.image, ()))
         example = self.examples.get(one.id)
         for place, ref in refs.items():

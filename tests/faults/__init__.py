@@ -34,5 +34,6 @@ CATALOGUE = {
     "F31": "checkpoints that cannot be read",
     "F32": "the base model changed between training, resume and evaluation",
     "F33": "data rewritten, same time or size",
+    "F34": "asked to stop by a signal while it starts",
     "F35": "values at the edge",
 }

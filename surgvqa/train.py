@@ -44,7 +44,7 @@ from surgvqa.loss import TreeLoss
 from surgvqa.peers import Peers
 from surgvqa.plan import Group, Plan
 from surgvqa.prepare import Prepared, prepare
-from surgvqa.processes import main_first
+from surgvqa.processes import Compute, main_first
 from surgvqa.recipe import BadInput, Recipe, path_argument
 from surgvqa.results import OPTIMIZER, RECIPE
 from surgvqa.run import (
@@ -64,7 +64,7 @@ from surgvqa.run import (
 )
 from surgvqa.sources import Source
 from surgvqa.terminal import Console, forgiving_streams
-from surgvqa.tree import packs, workers_watched
+from surgvqa.tree import Questions, packs, workers_watched
 from surgvqa.validation import Validation
 
 log = logging.getLogger("surgvqa")
@@ -100,7 +100,7 @@ def train(settings: Recipe, *, fresh: bool = False, accept_changes: bool = False
 
 
 def _run(settings: Recipe, stop: Stop, *, fresh: bool, accept_changes: bool) -> Path:
-    """What `train` does; raises Stopped where `stop` is asked before the first step."""
+    """Train as `train` says. Raises Stopped if `stop` is asked before the first step."""
     run, ending = Path(settings.output), None
     lost = partial(end, run, PEER_LOST)
     accelerator = processes.start()
@@ -129,13 +129,13 @@ def _train(
     stop: Stop,
     peers: Peers,
 ) -> str:
-    """The run in its folder; returns how it ended."""
+    """Train in the run's folder; return how the run ended, for ended.json."""
     main, world, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     console = Console(quiet=not main)
 
     # The data, and everything that can be wrong with it.
     compute = processes.compute(settings.train.precision, settings.model.attn, device)
-    # A run that goes on has all it needs in its own checkpoints.
+    # A run that resumes needs no `model.adapter`: its own checkpoint holds all weights.
     going_on = None if fresh else main_first(accelerator, lambda: newest_whole(run))
     begin = None if going_on else main_first(accelerator, lambda: first_weights(settings))
     prepared = prepare(
@@ -152,13 +152,13 @@ def _train(
     if main:
         for warning in (*prepared.warnings, *prepared.too_short(settings.eval.parts)):
             log.warning("warning: %s", warning)
-        for line in example(questions):  # before the model loads, which takes minutes where it is large
+        for line in example(questions):  # now, since a large model takes minutes to load
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     # Where to begin, and the model.
     if fresh:
         main_first(accelerator, lambda: clear(run))
-    # Only the main process reads or writes checkpoints, and of much data these take seconds.
+    # Only the main process reads and writes checkpoints; with much data these digests take seconds.
     fingerprint = prepared.fingerprint() if main else {}
     judged = validation.judged if validation and main else None
     resume = None
@@ -211,13 +211,13 @@ def _train(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     saved = start
-    # Read now: the folder that they are read from may change or be deleted before a checkpoint is written.
+    # Read now: the model folder may change or be deleted before a checkpoint is written.
     processor = hub.processor_files(prepared.folder) if main else {}
 
     def save(step: int, score: checkpoint.Score | None, settled: bool) -> None:
-        """Begin to write a checkpoint. Raises NumericFailure instead where weights are NaN or infinite.
+        """Start to write a checkpoint. Raises NumericFailure if a weight is NaN or infinite.
 
-        `settled`: whether the evaluation that was due at this step was made.
+        `settled` says whether the evaluation that was due at this step was made.
         """
         nonlocal saved
         if not main_first(accelerator, lambda: model.finite(network)):
@@ -251,8 +251,8 @@ def _train(
     def settle(step: int, before: int) -> None:
         """Evaluate and save after a step, where either was due after step `before`.
 
-        Neither is done while steps are skipped: the weights may be what made the gradients not finite, and
-        their checkpoints would push out the good ones. What is due then follows the next update.
+        Do neither while steps are skipped: if the weights are the reason, their checkpoints would replace
+        good ones. What was due is done after the next update.
         """
         nonlocal best, stale
         if skipped and step < total:
@@ -278,33 +278,21 @@ def _train(
         """Whether training ends after a step, early or not."""
         return step >= total or (settings.eval.patience is not None and stale >= settings.eval.patience)
 
-    def sound(updated: int) -> bool:
-        """Return whether the weights after step `updated`, the last one that was not skipped, can be trained:
-        hidden states of its questions, and their gradients, are finite. False where no step was an update.
-
-        No answers and no loss are in this: those of the skipped steps may be to blame, and not the weights.
+    def trainable(step: int) -> bool:
+        """Return whether the weights can still be trained; the last `skipped` steps up to `step` were no
+        updates.
         """
-        if not updated:
-            return False
-        epoch, trees = plan.epoch(updated - 1), plan.step(updated - 1)
-        for micro_batch in filter(None, plan.share(trees, world)[accelerator.process_index]):
-            pack = questions.pack(micro_batch, epoch=epoch, cuda=device.type == "cuda").to(device)
-            with torch.autocast(device.type, compute.autocast, enabled=compute.autocast is not None):
-                hidden = model.hidden_states(network, pack, compute.attn)
-            torch.autograd.backward(hidden.float().sum())
-        norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-        optimizer.zero_grad(set_to_none=True)
-        return not processes.anywhere(accelerator, not math.isfinite(norm))
+        updated = step - skipped
+        return updated > 0 and _finite_gradients(updated, network, questions, plan, compute, accelerator)
 
     def diverged(step: int, why: str) -> NumericFailure:
-        """Return the failure that names the last good checkpoint, from which the next start goes on.
+        """Return the failure that ends the run after a step. It names the checkpoint to resume from.
 
-        That is the newest, unless it holds the weights that give no finite gradients: then it is renamed.
+        Checkpoints that hold weights without finite gradients are renamed first, so they are never resumed.
         """
         main_first(accelerator, writer.wait)
-        updated = step - skipped
-        if not sound(updated):
-            main_first(accelerator, lambda: checkpoint.set_aside(writer.root, updated))
+        if not trainable(step):
+            main_first(accelerator, lambda: checkpoint.set_aside(writer.root, step - skipped))
         last = main_first(accelerator, lambda: checkpoint.newest(writer.root)[0])
         return NumericFailure(
             f"{why}. The last good checkpoint: {last or 'none yet'}. "
@@ -324,7 +312,7 @@ def _train(
         )
     )
     settled = resume.settled if resume else True
-    processes.anywhere(accelerator, False)  # all have come as far as this
+    processes.anywhere(accelerator, False)  # wait for all processes
     stop.started()
     with (
         Records(run, start, total, settings.log, console, settled) as records,
@@ -392,7 +380,7 @@ def _train(
                     norms.append(grad_norm)
                 if unwritten:
                     main_first(accelerator, writer.wait)
-                if skipped == MOST_SKIPPED or (skipped and step == total and not sound(step - skipped)):
+                if skipped == MOST_SKIPPED or (skipped and step == total and not trainable(step)):
                     many = "1 step" if skipped == 1 else f"{skipped} steps in a row"
                     raise diverged(step, f"{many} without finite gradients, the last at step {step}")
 
@@ -401,8 +389,8 @@ def _train(
                     raise Preempted
                 settle(step, before)
         except Preempted:
-            # While steps are skipped, only of weights that are not the reason.
-            if step > saved and (not skipped or sound(step - skipped)):
+            # While steps are skipped, save only weights that can still be trained.
+            if step > saved and (not skipped or trainable(step)):
                 save(step, None, settled=False)
             main_first(accelerator, writer.wait)
             why = f" ({stop.reason})" if stop.reason else ""
@@ -441,7 +429,7 @@ def _train(
 
 
 def _due(every: int, before: int, step: int, total: int) -> bool:
-    """Return whether something that is due every so many steps was so after `before`, up to `step`."""
+    """Return whether a multiple of `every` lies after `before` and up to `step`, or `step` is the last."""
     return step // every > before // every or step == total
 
 
@@ -469,6 +457,31 @@ def unusual(norm: float, recent: Sequence[float]) -> str | None:
     if norm <= SPIKE * median:
         return None
     return f"gradient norm {norm:.4g}, where the median of the last {len(recent)} is {median:.4g}"
+
+
+def _finite_gradients(
+    updated: int,
+    network: nn.Module,
+    questions: Questions,
+    plan: Plan,
+    compute: Compute,
+    accelerator: Accelerator,
+) -> bool:
+    """Return, on every process alike, whether the weights give finite gradients on the questions of a step.
+
+    `updated` is the number of the last step that changed the weights, counted from 1. The gradients are those
+    of the sum of the hidden states: answers and loss of the skipped steps may be at fault, not the weights.
+    """
+    device, rank = accelerator.device, accelerator.process_index
+    epoch, trees = plan.epoch(updated - 1), plan.step(updated - 1)
+    for micro_batch in filter(None, plan.share(trees, accelerator.num_processes)[rank]):
+        pack = questions.pack(micro_batch, epoch=epoch, cuda=device.type == "cuda").to(device)
+        with torch.autocast(device.type, compute.autocast, enabled=compute.autocast is not None):
+            hidden = model.hidden_states(network, pack, compute.attn)
+        torch.autograd.backward(hidden.float().sum())
+    norm = nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    network.zero_grad(set_to_none=True)
+    return not processes.anywhere(accelerator, not math.isfinite(norm))
 
 
 def _room(prepared: Prepared, start: int, total: int, evaluate_every: int, resume: Resume | None) -> None:

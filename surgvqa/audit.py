@@ -33,9 +33,9 @@ from surgvqa.grounding import (
     with_units,
     write_answer,
 )
-from surgvqa.letterbox import Rectangle, Size, check_aspect
+from surgvqa.letterbox import Canvas, Rectangle, Size, canvas_of, check_aspect
 from surgvqa.metrics import Prediction, normalise
-from surgvqa.recipe import Part, Recipe, printable
+from surgvqa.recipe import Image, Part, Recipe, printable
 from surgvqa.scan import ImageFacts, alike, near, scan
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -72,13 +72,13 @@ class Audit:
     left_out: frozenset[str] = frozenset()
     """Ids of questions that were read well but left out since of an image or a text of theirs."""
     units: dict[str, str] = field(default_factory=dict)
-    """The unit of boxes in texts that the data itself proves, by the recipe key that does not say it."""
+    """Recipe key that leaves the unit of boxes in texts open → the unit that the data proves."""
     counts: dict[str, int] = field(default_factory=dict)
     """How much was left out: rows for what they say, images, and the questions about those."""
     notes: list[str] = field(default_factory=list)
     """What was not looked at, and why."""
     unused: list[str] = field(default_factory=list)
-    """What of the data is not used, as its reader says."""
+    """Unused data: see `Dataset.unused`."""
 
     @property
     def sizes(self) -> dict[str, Size]:
@@ -95,8 +95,17 @@ class Audit:
         """Image key → SHA-256 of its bytes, where it was read whole."""
         return {key: facts.digest for key, facts in self.facts.items() if facts.digest}
 
+    def canvases(self, settings: Image, factor: int) -> dict[str, Canvas]:
+        """Return image key → canvas, as a recipe's `image` says; see `Folder.factor`."""
+
+        @functools.cache  # most images of a data set have the same size
+        def canvas(size: Size, picture: Rectangle | None) -> Canvas:
+            return canvas_of(size, settings, factor, picture)
+
+        return {key: canvas(facts.size, facts.picture) for key, facts in self.facts.items()}
+
     def kept(self, dataset: Dataset) -> Dataset:
-        """The data without what is left out, and with the units of all boxes decided."""
+        """Return the data without what is left out, and with the units of all boxes decided."""
         examples = (example for example in dataset.examples if example.id not in self.left_out)
         return replace(dataset, examples=[with_units(example, self.units) for example in examples])
 
@@ -276,8 +285,8 @@ def too_short(
     """Yield a warning for each part to evaluate in which `eval.max_new_tokens` cuts right answers.
 
     A question counts if none of its references fits, each with its boxes as the family writes them and its
-    end of turn: whatever the model has learned, its answer cannot be right. `count` gives texts their numbers
-    of tokens. Answers chosen among labels are never cut.
+    end of turn: then no answer of the model can be right. `count` returns text → number of tokens. Answers
+    chosen among labels are never cut.
     """
     limit = recipe.eval.max_new_tokens
     for part in PARTS if recipe.eval.answers == "generate" else ():
@@ -297,7 +306,7 @@ def too_short(
 
 
 def _written(example: Example, family: str, canvases: Mapping[str, Placement]) -> list[str]:
-    """Return an example's references as the model would write them."""
+    """Return an example's references as the model would write them, with their boxes."""
     answers = [answer.strip() for answer in example.answers]
     if not example.regions or not all(image.key in canvases for image in example.images):
         return answers
@@ -343,14 +352,7 @@ def audit(
     units, of_units = decide_units(dataset.examples, sizes)
     dataset = replace(dataset, examples=[with_units(example, units) for example in dataset.examples])
     uses = {key: [with_units(example, units) for example in examples] for key, examples in uses.items()}
-
-    def moved(example: Example) -> bool:
-        if augment != "none" and example.split == "train":
-            return True
-        return any(
-            moves(image.key, mode, crop, sizes, pictures) for image in example.images if image.key in sizes
-        )
-
+    moved = functools.partial(_moved, mode=mode, crop=crop, augment=augment, sizes=sizes, pictures=pictures)
     special = {
         **dict(_boxes_left(dataset, moved)),
         **dict(_boxes(dataset, sizes, pictures if crop == "border" else {})),
@@ -489,9 +491,26 @@ def _boxes(
             yield example.id, Problem(example.place, "; ".join(wrong))
 
 
+def _moved(
+    example: Example,
+    *,
+    mode: str,
+    crop: str,
+    augment: str,
+    sizes: Mapping[str, Size],
+    pictures: Mapping[str, Rectangle],
+) -> bool:
+    """Return whether canvas or augmentation moves what an example's images show: see `grounding.moves`."""
+    if augment != "none" and example.split == "train":
+        return True
+    return any(
+        moves(image.key, mode, crop, sizes, pictures) for image in example.images if image.key in sizes
+    )
+
+
 def _boxes_left(dataset: Dataset, moved: Callable[[Example], bool]) -> Iterator[tuple[str, Problem]]:
-    """Ids of questions with coordinates that stay text though the canvas moves what they are of, and the
-    problem.
+    """Yield the ids of questions whose texts keep coordinates of something that the canvas moves, each with
+    its problem.
     """
     for example in dataset.examples:
         text, marked = left_as_text(example)
@@ -593,18 +612,18 @@ def _copies(
 
 
 _CANDIDATES = 8
-"""So many images with the nearest hashes are compared with one by their pixels."""
+"""Number of images, those with the nearest hashes, whose pixels are compared with those of one image."""
 
 
 def _near(
     facts: Mapping[str, ImageFacts], uses: Mapping[str, Sequence[Example]], refs: Mapping[str, ImageRef]
 ) -> tuple[list[Problem], list[str]]:
-    """Return warnings of images of val or test that are copies of one of another part, though their bytes
-    differ, and notes on what was not looked at.
+    """Return warnings of images in val or test that are copies of one in another part with other bytes, and
+    notes on images that were not compared.
 
-    Perceptual hashes within NEAR bits find candidates, pixels decide (`scan.alike`): a copy after another
-    compression, scaling or brightness counts, the next frame of a video does not unless nothing moved. A copy
-    that is cropped by a twentieth is not found.
+    Candidates have perceptual hashes within NEAR bits; `scan.alike` compares their pixels. A copy with other
+    compression, size or brightness is found; the next frame of a video only if nothing has moved. A copy
+    cropped by a twentieth is not found.
     """
     names: dict[str, list[str]] = {part: [] for part in PARTS}
     for key, image in facts.items():
@@ -696,17 +715,17 @@ def _unseen_answers(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _spellings(dataset: Dataset) -> Iterator[Problem]:
-    """Yield a warning for each question type in which answers differ only in case or punctuation.
+    """Yield a warning for each question type with answers that differ only in case or punctuation.
 
-    Exact match tells them apart, and so do the prior and class weights. Forms that the corpus's own closed
-    set has side by side are left alone.
+    Exact match, the prior and class weights count them as different. Answers that the corpus's own closed
+    set holds side by side are no such case.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     first: dict[tuple[str, str], Example] = {}
     labels = {normalise(label) for own in {example.labels for example in dataset.examples} for label in own}
     for example in dataset.examples:
         for answer in map(normalise, example.answers):
-            if answer.lower() in JUNK:  # told by itself
+            if answer.lower() in JUNK:  # `_junk` warns of it
                 continue
             counts[example.question_type][answer] += 1
             first.setdefault((example.question_type, answer), example)
@@ -729,7 +748,7 @@ def _spellings(dataset: Dataset) -> Iterator[Problem]:
 
 
 def _letters(answer: str) -> str:
-    """Return an answer without case, blanks and punctuation, but for those beside a digit: 1.5 is not 15."""
+    """Return an answer without case, blanks and punctuation. Those beside a digit stay: 1.5 is not 15."""
     text = answer.casefold()
     return (
         "".join(
@@ -757,20 +776,20 @@ def _conflicts(dataset: Dataset) -> Iterator[Problem]:
 
 
 def repeated(dataset: Dataset) -> int:
-    """How many questions are asked again about the same image, with the same answer."""
+    """Return how many questions repeat another about the same image, with the same answer."""
     asked = np.column_stack([_asked(dataset), _numbered(e.answers[0] for e in dataset.examples)])
     return len(asked) - len(np.unique(asked, axis=0))
 
 
 def _asked(dataset: Dataset) -> NDArray[np.int64]:
-    """(questions,) numbers that are equal where the same is asked about the same image."""
+    """Return (questions,) numbers, equal for questions that ask the same about the same image."""
     questions = _numbered((e.question, e.asked_regions) for e in dataset.examples)
     distinct = int(questions.max(initial=0)) + 1
     return _numbered(e.image_key for e in dataset.examples) * distinct + questions
 
 
 def _numbered(values: Iterable[Hashable]) -> NDArray[np.int64]:
-    """(values,) the number of each among the distinct ones, in order of first appearance."""
+    """Return (values,) the number of each value among the distinct ones, in order of first appearance."""
     numbers: dict[Hashable, int] = {}
     return np.fromiter((numbers.setdefault(value, len(numbers)) for value in values), np.int64)
 

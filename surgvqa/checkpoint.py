@@ -3,7 +3,7 @@
     checkpoints/
         .tmp-step-000200/            being written or deleted
         .tmp-replaced-step-000200/   the former one of this step, until the new one is verified
-        diverged-step-000200/        of weights that gave no finite gradients any more; never gone on from
+        diverged-step-000200/        renamed by `set_aside`: its weights give no finite gradients
         step-000200/                 what PEFT, transformers and vLLM expect, and nothing else:
                                      adapter_model.safetensors or model.safetensors, config, tokenizer,
                                      processor
@@ -147,11 +147,11 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
-    """A folder to fill, with an empty TRAINER in it; on leaving it is made durable, and then old ones beyond
-    `keep` are deleted.
+    """Yield a folder to fill, with an empty TRAINER in it. On exit make it durable, then delete old ones
+    beyond `keep`.
 
-    The best is kept, and folders of later steps go: they belong to a future that was given up. Raises
-    StorageFailure where the disk fails; what was there before is then still there.
+    The best is kept, and folders of later steps are deleted, as this run has replaced them. Raises
+    StorageFailure where the disk fails; the former checkpoints are then still there.
     """
     final, aside = root / folder_name(step), root / f".tmp-{folder_name(step)}"
     try:
@@ -194,18 +194,18 @@ def writing(root: Path, step: int, *, keep: int) -> Iterator[Path]:
 
 
 def set_aside(root: Path, step: int) -> None:
-    """Rename the checkpoints from `step` on, so that nothing goes on from them or evaluates them."""
+    """Rename the checkpoints of `step` and later, so that no start resumes from or evaluates them."""
     for number, folder in steps(root):
         if number >= step:
             aside = root / f"diverged-{folder.name}"
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             _sync(root)
-            log.warning("warning: %s gave no finite gradients any more; it is now %s", folder, aside.name)
+            log.warning("warning: %s gives no finite gradients; renamed to %s", folder, aside.name)
 
 
 def diverged(root: Path) -> list[tuple[int, Path]]:
-    """Return (step, folder) of what `set_aside` renamed."""
+    """Return (step, folder) of the checkpoints that `set_aside` renamed, oldest first."""
     return _found(root, _DIVERGED)
 
 
@@ -307,7 +307,7 @@ def _fault(folder: Path, name: str, size: int, digest: str) -> str | None:
 
 
 def _closed(root: Path) -> list[tuple[Path, str]]:
-    """Return folders with a checkpoint's name that may not be looked into, and why."""
+    """Return the folders with a checkpoint's name that cannot be read, each with the reason."""
     found = []
     for folder in sorted(root.iterdir(), reverse=True) if root.is_dir() else []:
         if _OWN.match(folder.name) and not folder.is_symlink():
@@ -350,7 +350,7 @@ def judged(folder: Path) -> Any:
 
 
 def base_of(folder: Path) -> Digests:
-    """Return what a checkpoint's base model held in training. Raises BadInput where its state lacks that."""
+    """Return the digests that a checkpoint's base model had in training. Raises BadInput without them."""
     try:
         return Digests.model_validate(json.loads((folder / STATE).read_text(encoding="utf-8"))["base"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -432,9 +432,9 @@ def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
 def load_optimizer(
     file: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Put `moments` back, from a safetensors file.
+    """Load `moments` from a safetensors file into an optimizer.
 
-    Raises KeyError where it has none of a parameter, ValueError where they have another type or shape.
+    Raises KeyError if the file lacks a parameter, ValueError if its moments have another type or shape.
     """
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(file).items():
@@ -454,14 +454,14 @@ def load_optimizer(
 
 
 def _moments_of(parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> bool:
-    """Return whether these are AdamW's moments of a parameter: a count, and two of its shape, in fp32."""
+    """Return whether these are the parameter's AdamW moments: a count and two of its shape, all in fp32."""
     shapes = {name: (value.dtype, value.shape) for name, value in moments.items()}
     own, count = (torch.float32, parameter.shape), (torch.float32, torch.Size([]))
     return shapes == {"step": count, "exp_avg": own, "exp_avg_sq": own}
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is a checkpoint, and not a run's folder; `verify` says whether it is whole."""
+    """Return whether a folder is a checkpoint rather than a run; `verify` says whether it is whole."""
     return any((folder / name).exists() for name in (MANIFEST, STATE)) or _former(folder)
 
 
@@ -474,7 +474,7 @@ def _ours(folder: Path) -> bool:
 
 
 def _former(folder: Path) -> bool:
-    """Return whether a checkpoint has the layout of versions before TRAINER."""
+    """Return whether a folder is a checkpoint of a version that kept its files beside the weights."""
     return (folder / "state.json").is_file() and (folder / "manifest.json").is_file()
 
 

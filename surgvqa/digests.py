@@ -1,10 +1,10 @@
-"""What a model folder holds, as digests: a base model that changed under a run is noticed.
+"""Digests of a model folder, which show that a base model has changed since a run began.
 
     Folder ── of ──▶ Digests of weights, config, chat template, tokenizer, image processor
     Digests before and now ── differences ──▶ a line for each part that changed
 
-A checkpoint records those of its base model. Where a folder lies and what its files are called does not
-matter to the parts that are read as values (config, chat template, image processor).
+A checkpoint records the digests of its base model. Config, chat template and image processor are compared as
+values, so it does not matter in which file a folder keeps them. No digest depends on the folder's path.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WHOLE = 64 << 20
 _SHOWN = 60
 """Characters of a value in a message."""
 _BLOCK = 64 << 10
-"""Bytes that are read from the middle of each tensor of a larger file; 48 MB of a 7B model's 730 tensors."""
+"""Bytes read from the middle of each tensor of a larger file: 48 MB for the 730 tensors of a 7B model."""
 
 
 class Digests(BaseModel):
@@ -46,6 +46,10 @@ class Digests(BaseModel):
     """File → digest, the chat template left out."""
     image_processor: str
 
+    def parts(self) -> dict[str, Any]:
+        """Return the digests by part, without the commit: equal for equal models."""
+        return self.model_dump(exclude={"commit"})
+
     def summary(self) -> str:
         """Return the first 12 digits of each part's digest, for people to compare."""
         parts = {
@@ -59,11 +63,11 @@ class Digests(BaseModel):
 
 
 def of(folder: Folder, *, whole: bool = False) -> Digests:
-    """Return the digests of a model folder; its weights are fetched if they are not here.
+    """Return the digests of a model folder. Fetches its weights if they are not here.
 
-    Of large weights files their size, header and a block of each tensor are read; with `whole` every byte,
-    or what a checkpoint's manifest says of it. Raises BadInput where weights are missing or are not in the
-    safetensors format.
+    Reads of a large weights file its size, its header and a block of each tensor. With `whole` it reads every
+    byte, or takes the digest from a checkpoint's manifest. Raises BadInput where weights are missing or are
+    not in the safetensors format.
     """
     weights = {} if folder.tiny else _weights(hub.with_weights(folder), folder.name, whole)
     return Digests(
@@ -77,10 +81,10 @@ def of(folder: Folder, *, whole: bool = False) -> Digests:
 
 
 def differences(before: Digests, now: Digests, kept: Path, folder: Folder) -> list[str]:
-    """Return in what a model folder, which is as `now` says, is not what it was before: a line for each part.
+    """Return a line for each part of a model folder that differs between `before` and `now`.
 
-    `kept` is a folder with the small files of before, such as a checkpoint's; where it has them, the values
-    that differ are named.
+    `now` describes `folder`. `kept` is a folder with the small files of before, such as a checkpoint: the
+    lines name the values that differ where its files have the digests of `before`.
     """
     values: dict[str, Callable[[Path], Any]] = {
         "config": lambda path: hub.read_json(path / "config.json", ""),
@@ -138,7 +142,7 @@ def _weights(path: Path, name: str, whole: bool) -> dict[str, str]:
 
 
 def _sampled(file: Path) -> str:
-    """Return a digest of size, header and the middle of each tensor.
+    """Return a digest of a file's size, its header and the middle of each tensor. Raises ValueError.
 
     A safetensors file is the header's length in 8 bytes, a header in JSON, and the tensors' bytes.
     """
@@ -159,7 +163,7 @@ def _sampled(file: Path) -> str:
 
 
 def _tokenizer(folder: Folder) -> dict[str, str]:
-    """Return file → digest. Of tokenizer_config.json, which may hold the chat template, the rest."""
+    """Return file → digest. That of tokenizer_config.json leaves out the chat template it may hold."""
     found = {}
     for name in hub.TOKENIZER_FILES:
         file = folder.processor / name

@@ -74,9 +74,10 @@ class PeerLost(Ending):
 
 
 class Stopped(BaseException):
-    """Raised in the main thread by a signal that comes before a command has started its real work.
+    """Raised in the main thread by a signal that comes while a command starts: see `Stop`.
 
-    Like KeyboardInterrupt it is no Exception: what handles errors of data or models must not take it for one.
+    Not an Exception, as KeyboardInterrupt is none: code that handles errors of data or models must not catch
+    it.
     """
 
     exit_code = PREEMPTED
@@ -91,9 +92,9 @@ def is_storage(error: OSError) -> bool:
 
 
 def of_os_error(error: OSError, place: Path | None = None) -> Ending | BadInput | None:
-    """Return what a user is told of an error of the file system; None where it is no such error.
+    """Return the error to show to a user for an error of the file system; None for any other OSError.
 
-    `place` is named where the error itself names no file, as when a write fails.
+    The message names `place` if the error names no file, as when a write fails.
     """
     name = error.filename if isinstance(error.filename, (str, bytes, os.PathLike)) else None
     if is_storage(error):
@@ -108,17 +109,17 @@ def of_os_error(error: OSError, place: Path | None = None) -> Ending | BadInput 
 
 
 @contextlib.contextmanager
-def file_errors() -> Iterator[None]:
-    """Raise BadInput or StorageFailure, see `of_os_error`, in the place of what the file system raises."""
+def file_errors(place: Path | None = None) -> Iterator[None]:
+    """Replace an OSError by the BadInput or StorageFailure that `of_os_error` makes of it, if any."""
     try:
         yield
     except OSError as error:
-        raise of_os_error(error) or error from None
+        raise of_os_error(error, place) or error from None
 
 
 @contextlib.contextmanager
 def writing_to(out: Path) -> Iterator[None]:
-    """Raise BadInput in the place of what the file system raises where a command writes what --out names."""
+    """Replace an OSError by BadInput, for a command that writes to the path given as --out."""
     try:
         yield
     except OSError as error:
@@ -128,9 +129,9 @@ def writing_to(out: Path) -> Iterator[None]:
 
 
 def run_command(work: Callable[[], int | None]) -> int:
-    """Return the exit code of a command, and print what ended it: one line for each thing to mend.
+    """Run a command and return its exit code. Print one line for each thing that a user must repair.
 
-    Printing never ends it: see `forgiving_streams`.
+    An output that cannot be written does not end the command: see `forgiving_streams`.
     """
     forgiving_streams()
     try:
@@ -154,15 +155,16 @@ def _told(ending: Ending) -> int:
 
 
 class Stop:
-    """Whether this process was asked to stop: by a signal, by its launcher's death, by time, or by the file
-    that SURGVQA_STOP_FILE names, once it is there.
+    """True once this process is asked to stop: by a signal, by the death of its launcher, by `max_hours`, or
+    by the file that SURGVQA_STOP_FILE names, once it exists.
 
-    A second signal ends the process at once. One that comes within SAME seconds is taken for the first,
-    which launchers pass on to processes that have it already. Under nohup SIGHUP asks for nothing.
+    A second signal ends the process at once. One that comes within SAME seconds counts as the first, since
+    launchers pass a signal on to processes that have received it already. Under nohup SIGHUP is ignored.
 
-    Until `started`, nobody looks at the flag: data are read and a model is loaded. So with `start`, the text
-    to say then, Stopped is raised in the main thread. Where that is busy in C for more than GRACE seconds,
-    such as waiting for another process, a thread calls `last_words` and ends the process with code 4.
+    While a run starts (it reads data and loads a model), no code looks at the flag. So until `started` is
+    called, and if `start` is given, a signal raises Stopped in the main thread. If that thread is in C code
+    for more than GRACE seconds, such as waiting for another process, a second thread calls `last_words` and
+    ends the process with code 4.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -170,12 +172,12 @@ class Stop:
     GRACE = 3.0
 
     def __init__(self, max_hours: float | None = None, *, start: str = "") -> None:
-        """`start` may hold `{reason}`; without it, Stopped is never raised."""
+        """`start` is the message of Stopped and may hold `{reason}`; without it Stopped is never raised."""
         self.start = start
         self.spread: Callable[[str], object] = _ignored
-        """Tells the other processes that this one was asked to stop while it started, and why."""
+        """Called with the reason when this process is asked to stop during its start, to tell the others."""
         self.last_words: Callable[[str], object] = _ignored
-        """Records the end of a process that its thread ends; gets the text to say."""
+        """Called with the message before the second thread ends the process, to record that."""
         self._raised = False
         self._main = threading.main_thread()
         self.reason: str | None = None
@@ -196,7 +198,7 @@ class Stop:
         if self.start:
             self._woken, self._wakes = os.pipe()
             os.set_blocking(self._wakes, False)
-            # Python's own handlers run between two steps of the main thread; this tells the thread at once.
+            # Python calls handlers only between steps of Python code; the pipe wakes the thread at once.
             self._wakes_before = signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
             self._thread.start()
@@ -210,7 +212,7 @@ class Stop:
             signal.signal(number, handler)
 
     def started(self) -> None:
-        """From here on a signal sets the flag and does no more."""
+        """End the start: from here on a signal only sets the flag."""
         self.start = ""
         if self._thread is not None:
             signal.set_wakeup_fd(self._wakes_before)
@@ -228,7 +230,7 @@ class Stop:
             signal.pthread_kill(self._main.ident, signal.SIGUSR1)
 
     def _watch(self) -> None:
-        """While the run starts, pass on that this process is to stop, and see that it does."""
+        """Tell the other processes of a stop during the start, and end this one if it does not obey."""
         until = None
         while self.start:
             ready, _, _ = select.select([self._woken], [], [], 0.5)
@@ -241,14 +243,14 @@ class Stop:
                 with contextlib.suppress(Exception):  # the others may be gone
                     self.spread(reason)
             if until is not None and time.monotonic() > until and self.start:
-                said = self.start.format(reason=self.reason)
                 with contextlib.suppress(Exception):
-                    self.last_words(said)
+                    self.last_words(self.start.format(reason=self.reason))
                 os._exit(leave_code(PREEMPTED))
 
     def obeyed(self) -> None:
-        """From here to its end the process heeds no signal: launchers send one to those that are last to end,
-        which must still leave their exit code.
+        """Ignore further signals until the process ends.
+
+        Launchers send one to the processes that end last, which must still write their exit code.
         """
         for number in self.SIGNALS:
             self.before[number] = signal.SIG_IGN
@@ -282,7 +284,7 @@ class Stop:
 
 
 def _ignored(text: str) -> None:
-    """Where there is nobody to tell."""
+    """Do nothing: the default of `Stop.spread` and `Stop.last_words`."""
 
 
 def ignore_signals(worker: int) -> None:
@@ -319,9 +321,9 @@ def _tell_of_parents_death() -> None:
 
 
 def leave_now(code: int) -> NoReturn:
-    """End the process without freeing what it holds, which takes seconds with a million questions.
+    """End the process without freeing its memory, which takes seconds with a million questions.
 
-    Other processes may be gone, too: freeing a process group would wait for them.
+    Freeing a process group could also wait for processes that no longer exist.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -33,8 +33,8 @@ from surgvqa.endings import (
     Preempted,
     Stop,
     Stopped,
+    file_errors,
     leave_code,
-    of_os_error,
     run_command,
 )
 from surgvqa.loss import TreeLoss
@@ -329,7 +329,7 @@ def examine(
     if source.checkpoint:
         result |= {"checkpoint": source.checkpoint.name, "manifest": source.weights}
     if base:
-        result["digests"] = base.model_dump(exclude={"commit"})
+        result["digests"] = base.parts()
     if prepared.base_changes:
         result["accepted_changes"] = list(prepared.base_changes)
     if variant:
@@ -355,7 +355,7 @@ def _fingerprint(prepared: Prepared, part: Part, source: Source, variant: str) -
     settings = prepared.recipe.model_dump(mode="json")
     # The seed draws shuffled images and tiny models' weights.
     conditions = [
-        source.weights, prepared.base.model_dump(exclude={"commit"}) if prepared.base else None,
+        source.weights, prepared.base.parts() if prepared.base else None,
         part, variant, prepared.fingerprint(part),
         {key: value for key, value in settings["model"].items() if key not in ("name", "revision")},
         settings["prompt"], settings["image"],
@@ -574,11 +574,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         variants = list(dict.fromkeys([*(given.ablate or ()), *spoiled])) or [""]
         source = opened(given.source, recipe_file=given.recipe, overrides=given.overrides, output=given.out)
         try:
-            with Stop(start=_NOT_BEGUN) as stop, workers_watched():
+            with file_errors(source.run), Stop(start=_NOT_BEGUN) as stop, workers_watched():
                 _evaluate(source, given.split, variants, stop, given.accept_changes)
         except Stopped as error:
             raise NotBegun(str(error)) from None
-        except OSError as error:
-            raise of_os_error(error, source.run) or error from None
 
     return leave_code(run_command(work))

@@ -158,10 +158,10 @@ def examine(
     headers: bool = False,
     progress: bool = False,
 ) -> Findings:
-    """Audit a recipe's data. What makes it impossible to read at all is in the findings too.
+    """Audit a recipe's data and its model. Data that cannot be read at all are a problem like others.
 
-    `name` is the recipe's, for people; `folder` the model's, None where it is not here; `wrong` what is wrong
-    with the model; `headers`: images are not decoded, and of large weights blocks are read.
+    `name` is the recipe's, for messages; `folder` is the model's, None if it is not here; `wrong` lists
+    problems of the model. With `headers` no image is decoded, and large weights files are sampled.
     """
     of_model = [Problem(name, problem, whole=True) for problem in wrong]
     about = {
@@ -181,16 +181,14 @@ def examine(
     tokens = _tokens_of(folder)
     notes = list(found.notes)
     model: dict[str, Any] = {"name": settings.model.name}
-    if folder:
-        if missing := [] if folder.tiny else hub.missing_weights(folder.path, folder.name):
-            notes.append(f"the model's weights: {', '.join(missing[:3])} not in {folder.path}")
-        else:
-            try:
-                of_folder = digests.of(folder, whole=not headers)
-                model |= {"revision": folder.revision, "digests": of_folder.model_dump(exclude={"commit"})}
-                model["summary"] = of_folder.summary()
-            except BadInput as error:
-                of_model += [Problem(name, problem, whole=True) for problem in error.problems]
+    if folder and (missing := [] if folder.tiny else hub.missing_weights(folder.path, folder.name)):
+        notes.append(f"the model's weights: {', '.join(missing[:3])} not in {folder.path}")
+    elif folder:
+        try:
+            held = digests.of(folder, whole=not headers)
+            model |= {"revision": folder.revision, "digests": held.parts(), "summary": held.summary()}
+        except BadInput as error:
+            of_model += [Problem(name, problem, whole=True) for problem in error.problems]
     if tokens is None:
         notes.append("lengths in tokens: the model's tokenizer.json is not here")
     problems = [*of_model, *found.problems]
@@ -199,16 +197,7 @@ def examine(
         if settings.image.crop == "border":
             sizes |= {key: (x2 - x1, y2 - y1) for key, (x1, y1, x2, y2) in found.pictures.items()}
         problems += _too_long(dataset, sizes, settings, folder, tokens)
-        asked = [example for part in settings.eval.parts for example in dataset.part(part)]
-        canvases = {
-            image.key: letterbox.canvas_of(
-                found.sizes[image.key], settings.image, folder.factor, found.pictures.get(image.key)
-            )
-            for example in asked
-            if example.regions
-            for image in example.images
-            if image.key in found.facts
-        }
+        canvases = found.canvases(settings.image, folder.factor)
         problems += too_short(settings, dataset, settings.eval.parts, folder.family, canvases, tokens)
     problems.sort(key=lambda problem: problem.warning)
     content = {
@@ -283,7 +272,7 @@ def _right(prior: Prior, examples: Sequence[Example]) -> float | None:
 
 
 def _tokens_of(folder: Folder | None) -> Callable[[Iterable[str]], dict[str, int]] | None:
-    """What counts the tokens of texts with the model's own vocabulary; None where that is not here."""
+    """Return a function from texts to their numbers of tokens; None if the model's tokenizer is not here."""
     if folder is None or not (folder.processor / "tokenizer.json").is_file():
         return None
     from tokenizers import Tokenizer  # brings no torch
@@ -295,7 +284,7 @@ def _tokens_of(folder: Folder | None) -> Callable[[Iterable[str]], dict[str, int
 
     def count(texts: Iterable[str]) -> dict[str, int]:
         distinct, counts = list(dict.fromkeys(texts)), dict[str, int]()
-        for start in range(0, len(distinct), _AT_ONCE):  # no signal is heeded within a batch
+        for start in range(0, len(distinct), _AT_ONCE):  # signals are handled between batches
             some = distinct[start : start + _AT_ONCE]
             encoded = tokenizer.encode_batch(some, add_special_tokens=False)
             counts |= {text: len(each.ids) for text, each in zip(some, encoded, strict=True)}
@@ -320,7 +309,7 @@ def _texts(
 
 
 def _boxes(dataset: Dataset) -> dict[str, Any]:
-    """Return how many boxes were read from texts, by their notation, and which coordinates texts keep."""
+    """Return how many boxes were read from texts, by notation, and which coordinates texts keep."""
     notations = Counter(
         region.notation
         for example in dataset.examples

@@ -106,10 +106,11 @@ def _thousandths(low: float, high: float, side: int) -> tuple[int, int]:
 def decide_units(
     examples: Iterable[Example], sizes: Mapping[str, Size]
 ) -> tuple[dict[str, str], list[Problem]]:
-    """Return the unit (`pixels` or `thousand`) of boxes in texts that none is given for, and problems.
+    """Return the units (`pixels` or `thousand`) of boxes in texts that the recipe leaves open, and problems.
 
-    Keys are those of the recipe that would give it, one for each data set. A number above 1000 proves pixels,
-    a box beyond its image's edge proves thousandths. Without either it is an error.
+    A unit is by the recipe key that would give it; each data set has its own. A number above 1000 proves
+    pixels; a box that would reach out of its image in pixels proves thousandths. Without a proof there is an
+    error.
     """
     undecided: dict[str, list[tuple[Example, Region]]] = defaultdict(list)
     for example in examples:
@@ -149,7 +150,7 @@ def _beyond(example: Example, region: Region, sizes: Mapping[str, Size]) -> bool
 
 
 def with_units(example: Example, units: Mapping[str, str]) -> Example:
-    """Return the example with its undecided boxes in the unit that `decide_units` found."""
+    """Return the example with its undecided boxes in the units that `decide_units` has found."""
 
     def decided(regions: tuple[Region, ...]) -> tuple[Region, ...]:
         made = []
@@ -168,9 +169,9 @@ def with_units(example: Example, units: Mapping[str, str]) -> Example:
 
 
 def left_as_text(example: Example) -> tuple[str, bool]:
-    """Return coordinates that stand in an example's texts, and whether a key or a tag marks them as such.
+    """Return coordinates that an example's texts keep, and whether a key or a tag marks them as such.
 
-    Others are four numbers in brackets of which the recipe says nothing. "" where there are neither.
+    Unmarked ones are those of `Example.doubtful`. Returns "" if there are neither.
     """
     question = example.question.replace(PLACEHOLDER, "") if example.asked_regions else example.question
     for text in (question, *example.answers):
@@ -182,9 +183,10 @@ def left_as_text(example: Example) -> tuple[str, bool]:
 def moves(
     image: str, mode: str, crop: str, sizes: Mapping[str, Size], pictures: Mapping[str, Rectangle]
 ) -> bool:
-    """Tell whether an image's canvas pads or crops it, so that shares of its sides become others.
+    """Return whether an image's canvas pads or crops it, so that positions as shares of its sides change.
 
-    `image` is its key, `mode` and `crop` are the recipe's of `image`, `pictures` what a crop leaves.
+    `image` is its key, `mode` and `crop` are the recipe's of `image`, `pictures` are the parts that a crop
+    keeps.
     """
     width, height = size = sizes[image]
     if crop == "border":
@@ -353,8 +355,8 @@ _IMAGE = re.compile(r"""["']image["']\s{0,4}:\s{0,4}(\d{1,3})""")
 def parse_answer(text: str, images: int = 1, in_place: bool = False) -> tuple[str, list[Region]]:
     """The text of an answer without its boxes, and the boxes in thousandths of the canvas.
 
-    `in_place`: boxes may stand among the words; labels then stay there, and JSON that says more than boxes
-    and labels stays with `[]` for their numbers, as in the `answers` of an Example with a layout.
+    With `in_place` boxes may stand among the words. Then labels stay there, and so does JSON with more than
+    boxes and labels, with `[]` for the numbers of a box, as in the `answers` of an Example with a layout.
 
     The inverse of `write_answer` for both families; beyond that it takes what models write instead: either
     family's form, `<ref>` and `<box>`, code fences, other keys for the box, missing or unbalanced brackets,
@@ -379,7 +381,7 @@ def parse_answer(text: str, images: int = 1, in_place: bool = False) -> tuple[st
 
 
 def _read_in_place(text: str, images: int) -> tuple[str, list[Region]] | None:
-    """Words and boxes of an answer that has boxes among its words; None for any other."""
+    """Return the words and the boxes of an answer with boxes among its words; None for any other."""
     found = find(text, images=images)
     following = [
         Region(
@@ -400,7 +402,7 @@ def _read_in_place(text: str, images: int) -> tuple[str, list[Region]] | None:
 
 
 def _kept_within(edges: Sequence[float]) -> Box:
-    """Four numbers that a model wrote as a box in thousandths: shares of 1 are told apart, corners sorted."""
+    """Return four numbers of a model as a box in thousandths: shares of 1 scaled, corners sorted."""
     if max(edges) <= 1 and any(edge % 1 for edge in edges):
         edges = [edge * SCALE for edge in edges]
     x1, y1, x2, y2 = (max(0.0, min(edge, float(SCALE))) for edge in edges)

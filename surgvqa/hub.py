@@ -83,18 +83,17 @@ class Folder:
 
     @property
     def commit(self) -> str | None:
-        """The commit that a model of the hub was found at."""
+        """The hub's commit of the files; None for a local folder, or a revision that is not resolved."""
         return self.revision if is_commit(self.revision) else None
 
 
 def find(
     name: str, revision: str | None = None, *, fetch: bool = True, processor: Path | None = None
 ) -> Folder:
-    """Locate a model and check everything but its weights. Raises BadInput saying what is wrong with it.
+    """Locate a model and check everything but its weights. Raises BadInput with all that is wrong with it.
 
-    Unless told to `fetch`, a hub id is looked for in the local cache alone. Its branch or tag becomes the
-    commit that it now is. With `processor`, tokenizer, chat template and image processor are those of that
-    folder.
+    With `fetch` False a hub id is looked for in the local cache alone. A branch or tag is resolved to its
+    commit. With `processor`, tokenizer, chat template and image processor are read from that folder.
     """
     if name in TINY_MODELS:
         path = write_tiny_model(name, cached(name))
@@ -108,7 +107,7 @@ def find(
 
 
 def saved(folder: Path, name: str, revision: str | None) -> Folder:
-    """Return the whole model that a checkpoint of `tune: full` holds; nothing of its base model is read.
+    """Return the model of a checkpoint of `tune: full`, which holds all of it. Reads no base model.
 
     `name` and `revision` are those of the base model.
     """
@@ -116,7 +115,7 @@ def saved(folder: Path, name: str, revision: str | None) -> Folder:
 
 
 def is_commit(revision: str | None) -> bool:
-    """Return whether a revision names one state of a repository for ever, and not a branch or tag."""
+    """Return whether a revision is a commit hash, which cannot move, and not a branch or tag."""
     return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
@@ -182,8 +181,8 @@ def factor_of(config: Mapping[str, Any]) -> int | None:
 
 
 def image_processor(path: Path, name: str) -> dict[str, Any]:
-    """Return the image processor's settings: in processor_config.json as transformers 5 writes them, else
-    preprocessor_config.json. Raises BadInput where there are none.
+    """Return the image processor's settings, from processor_config.json, which transformers 5 writes, or
+    else preprocessor_config.json. Raises BadInput where there are none.
     """
     nested, own = path / "processor_config.json", path / "preprocessor_config.json"
     missing = f"{name}: the image processor's settings are missing"
@@ -200,10 +199,9 @@ def image_processor(path: Path, name: str) -> dict[str, Any]:
 
 
 def chat_template(path: Path, name: str) -> str:
-    """Return the first chat template of processor_config.json, chat_template.jinja, chat_template.json and
-    tokenizer_config.json, where transformers looks for it, too.
+    """Return a folder's chat template, from the first file that has one, in the order of transformers.
 
-    Of several named ones it is the default. Raises BadInput where there is none.
+    Returns the default where a file has several. Raises BadInput where there is none.
     """
     for file in (
         "processor_config.json",
@@ -292,16 +290,15 @@ def is_remote(name: str) -> bool:
 
 
 def processor_files(folder: Folder) -> dict[str, bytes]:
-    """Return what lies beside trained weights: tokenizer, chat template and image processor, byte for byte.
-
-    With adapters the base model's config.json too, for whoever asks what they belong to.
+    """Return the name and content of the files to keep beside trained weights: those of the tokenizer, the
+    chat template and the image processor, and config.json, which with adapters tells their base model.
     """
     files = [*(folder.processor / name for name in _PROCESSOR_FILES), folder.path / "config.json"]
     return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def write_processor(files: Mapping[str, bytes], target: Path) -> None:
-    """Write `processor_files` into a checkpoint; what is there already stays, such as its own config.json."""
+    """Write `processor_files` into a checkpoint, except those that it has already, such as config.json."""
     for name, content in files.items():
         if not (target / name).exists():
             (target / name).write_bytes(content)
@@ -316,10 +313,10 @@ _STRUCTURE = (
 
 def _special_tokens(path: Path, config: Mapping[str, Any], template: str) -> frozenset[str]:
     """Return the structural tokens of a folder: those of both families, those whose ids are in config.json,
-    the tokenizer's end and padding tokens, and what is flagged special and stands in the chat template.
+    the tokenizer's end and padding tokens, and those that are flagged special and in the chat template.
 
-    The flag alone does not decide: `add_special_tokens` flags a user's `<grasper>` too. Nor does the
-    template: that of Qwen3-VL names `<tool_call>`, which is not flagged.
+    Neither the flag nor the template is enough: `add_special_tokens` also flags a user's `<grasper>`, and
+    the template of Qwen3-VL names `<tool_call>`, which is text to the tokenizer.
     """
     flagged: dict[str, bool] = {}
     by_id: dict[int, str] = {}
@@ -346,9 +343,9 @@ def _special_tokens(path: Path, config: Mapping[str, Any], template: str) -> fro
 
 
 def _thinks(template: str) -> bool:
-    """Return whether a chat template opens a thought where the model is to answer.
+    """Return whether a chat template begins every answer with <think>.
 
-    Rendered as transformers does it, in jinja2's sandbox. False where it cannot be: `ChatTokens` says why.
+    Renders it as transformers does, in jinja2's sandbox. False if that fails: `ChatTokens` reports the error.
     """
     sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

@@ -62,15 +62,17 @@ class Prepared:
     tokens_per_micro_batch: int | None = None
     """What was found to fit; None before that is known."""
     base: Digests | None = None
-    """What the base model holds; None before that was asked for, see `identified`."""
+    """Digests of the base model; None until `identified` computes them."""
     base_changes: Sequence[str] = ()
-    """In what the base model is not what the checkpoint was trained on; accepted."""
+    """Accepted differences of the base model from the one that the checkpoint was trained on."""
     progress: bool = False
-    """Whether to show how far the work is."""
+    """Whether to show progress."""
 
     def identified(self, accelerator: Accelerator) -> Prepared:
-        """Return the same with `base`, found by the main process. Fetches the weights, and raises BadInput
-        where they are missing."""
+        """Return the same with `base`, which the main process computes.
+
+        Fetches the weights. Raises BadInput where they are missing.
+        """
         if self.base is not None:
             return self
         return replace(self, base=main_first(accelerator, lambda: digests.of(self.folder)))
@@ -210,7 +212,7 @@ class Prepared:
         return bool(example.layout)
 
     def too_short(self, parts: Collection[Part]) -> list[str]:
-        """Return warnings of parts to evaluate with references longer than `eval.max_new_tokens`."""
+        """Return the warnings of `audit.too_short` about parts to evaluate."""
         found = too_short(
             self.recipe, self.dataset, parts, self.folder.family, self.canvases, self.chat.lengths
         )
@@ -222,9 +224,9 @@ class Prepared:
     def fingerprint(self, part: Part = "train") -> dict[str, str | int]:
         """What a part holds, so that a change can be named: how many questions, and their digests.
 
-        `questions` counts them; `order` is of their ids in order, `ids`, `texts` (with all answers and
-        boxes) and `kinds` (their types, stages and images'
-        names) and `images` (of the images' bytes) are in the order of the ids.
+        `questions` counts them. `order` is a digest of their ids in order. `ids`, `texts` (with all answers
+        and boxes), `kinds` (types, stages and names of images) and `images` (bytes of images) are digests in
+        the order of the ids.
         """
         examples = self.dataset.part(part)
         ordered = sorted(examples, key=lambda example: example.id)
@@ -290,18 +292,18 @@ class Resolved:
 
     folder: hub.Folder
     base: Digests | None = None
-    """What the checkpoint's base model holds; None without a checkpoint."""
+    """Digests of the checkpoint's base model; None without a checkpoint."""
     changes: Sequence[str] = ()
-    """In what that is not what the checkpoint was trained on."""
+    """Differences of the base model from the one that the checkpoint was trained on."""
 
 
 def resolve_model(recipe: Recipe, trained: Path | None = None, accept_changes: bool = False) -> Resolved:
-    """Find the model that a recipe names, or that the checkpoint in `trained` belongs to.
+    """Find the model that a recipe names, or the one for the checkpoint in `trained`.
 
-    A checkpoint keeps its own tokenizer, chat template and image processor, and these are used. Adapters need
-    their base model, at the commit that they were trained on. A checkpoint of `tune: full` needs it only
-    where the recipe names another one. Raises BadInput where the base model holds something else than when
-    the checkpoint was trained, unless `accept_changes`.
+    Uses the checkpoint's own tokenizer, chat template and image processor. Adapters need their base model, at
+    the commit that they were trained on. A checkpoint of `tune: full` needs a base model only if the recipe
+    names another one. Raises BadInput if the base model has changed since the checkpoint was trained, unless
+    `accept_changes`.
     """
     name, revision = recipe.model.name, recipe.model.revision
     if trained is None:
@@ -342,24 +344,26 @@ def prepare(
 ) -> Prepared:
     """Read and check everything but the weights, on every process.
 
-    `evaluated` are the parts to be evaluated; None for the recipe's own. `checkpoint` is one to go on from,
-    see `resolve_model`. All processes read the rows at the same time; the main one alone audits them and
-    decodes the images, and tells the others. Raises BadInput on every process, with all errors of data and
-    model folder, and at once where the model is too large for the CPU.
+    `evaluated` are the parts to evaluate; None for the recipe's own. `checkpoint` is that to resume from or
+    to evaluate, see `resolve_model`. All processes read the rows at the same time. The main process alone
+    audits them and decodes images, and sends the result to the others. Raises BadInput on every process, with
+    all errors of data and model folder; at once if the model is too large for the CPU.
     """
     settings = recipe.model
     main = accelerator is None or accelerator.is_main_process
     loaded: list[datasets.Dataset] = []
-    ids: list[str] = []
     problems: list[str] = []
     if not main:
         try:
             loaded.append(datasets.load(recipe.data))
-        except (BadInput, OSError) as error:  # told where the main process finds nothing wrong
+        except (BadInput, OSError) as error:  # raised below, if the main process finds no error
             problems = [f"{_here(accelerator)}: {error}"]
 
     def examine() -> tuple[Audit, str, Resolved]:
-        """Everything at once: what is wrong with the data is not hidden behind a model that is not there."""
+        """Check model and data; return the audit, a digest of the questions' ids, and the model.
+
+        Raises BadInput with the errors of both, so that a missing model does not hide those of the data.
+        """
         errors, special_tokens, found, resolved = [], frozenset[str](), None, None
         try:
             resolved = resolve_model(recipe, checkpoint, accept_changes)
@@ -378,13 +382,12 @@ def prepare(
         try:
             dataset, found = load_and_audit(recipe, special_tokens, evaluated=evaluated, progress=progress)
             loaded.append(dataset)
-            ids.append(_digest(example.id for example in dataset.examples))
             errors += condensed(problem for problem in found.problems if not problem.warning)
         except BadInput as error:
             errors += error.problems
         if errors or found is None or resolved is None:
             raise BadInput(errors)
-        return found, ids[0], resolved
+        return found, _digest(example.id for example in loaded[0].examples), resolved
 
     found, kept, resolved = main_first(accelerator, examine)
     folder = resolved.folder
@@ -401,17 +404,12 @@ def prepare(
     refuse_together(accelerator, problems)
     dataset = loaded[0]
     chat = ChatTokens(folder, system=recipe.prompt.system, instructions=recipe.prompt.instructions)
-    pictures = found.pictures
-    canvases = {
-        key: letterbox.canvas_of(size, recipe.image, folder.factor, pictures.get(key))
-        for key, size in found.sizes.items()
-    }
     return Prepared(
         recipe,
         folder,
         chat,
         dataset,
-        canvases,
+        found.canvases(recipe.image, folder.factor),
         found.digests,
         condensed(problem for problem in found.problems if problem.warning),
         found.skipped,

@@ -31,15 +31,15 @@ T = TypeVar("T")
 LINE_EVERY = 10.0
 """Seconds between two lines about work that goes on, where there is no terminal to draw a bar on."""
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
-"""Errors of a stream whose reader or terminal has gone: nobody is left who could be told."""
+"""Errors of a stream whose reader or terminal has gone; no warning about them could be read."""
 
 
 def forgiving_streams() -> None:
-    """Make sys.stdout and sys.stderr of this process never raise.
+    """Replace sys.stdout and sys.stderr of this process by streams that never raise.
 
-    What cannot be written (the reader has gone, the disk is full, the stream was closed) is dropped, and so
-    is everything after it. A character that the encoding lacks is printed as a replacement. Streams that a
-    test or a notebook has put in place are left alone.
+    After the first error (the reader has gone, the disk is full, the stream was closed) all output is
+    dropped. A character that the encoding lacks is printed as a replacement. Streams that a test or a
+    notebook has put in place stay.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -83,7 +83,7 @@ class _Forgiving(io.RawIOBase):
         while True:
             try:
                 return os.write(self.descriptor, data)
-            except BlockingIOError:  # the reader is slow, and whoever opened the pipe does not wait for it
+            except BlockingIOError:  # the pipe was opened as non-blocking, and its reader is slow
                 select.select([], [self.descriptor], [])
             except OSError as error:
                 _discard(self.descriptor)
@@ -92,15 +92,17 @@ class _Forgiving(io.RawIOBase):
 
 
 def _discard(descriptor: int) -> None:
-    """Let everything that is written to a descriptor go to /dev/null."""
+    """Redirect a descriptor to /dev/null."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
 
 
 def _occupy(descriptor: int) -> None:
-    """Open /dev/null on a closed descriptor, which else the next file to be opened, such as a checkpoint's,
-    would get: whatever prints by number would print into it.
+    """Open /dev/null as a descriptor, if it is closed.
+
+    Otherwise the next file to be opened, such as a checkpoint's, would get that number, and libraries that
+    print to descriptor 1 or 2 would write into it.
     """
     with contextlib.suppress(OSError):
         os.fstat(descriptor)
@@ -138,10 +140,10 @@ def tracked(
     of: str = "",
     size: Callable[[T], int] | None = None,
 ) -> Iterator[T]:
-    """Yield the results as they come; show on stderr how many there were: `images: 12,000/25,000`.
+    """Yield the results and show on stderr how many there were: `images: 12,000/25,000`.
 
-    On a terminal it is a bar, elsewhere a line every LINE_EVERY seconds. `total` is how many are expected,
-    None where nobody knows; `of` says what they are; a result may count for several, its `size`.
+    Draws a bar on a terminal and prints a line every LINE_EVERY seconds elsewhere. `total` is the number to
+    expect, None if unknown. `of` is the word for what is counted. `size` gives how many a result counts for.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

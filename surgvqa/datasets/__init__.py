@@ -109,11 +109,11 @@ class Region:
     of: tuple[int, int] | None = None
     """Width and height of the image whose pixels these are, where the corpus says so."""
     bare: bool = False
-    """Written as `[x1, y1, x2, y2]` alone, inside JSON of the data's own."""
+    """Whether it is written as `[x1, y1, x2, y2]` alone, inside JSON of the data's own."""
     undecided: str = ""
-    """The recipe key that must say whether `box` is in pixels or thousandths, as long as nothing else did."""
+    """The recipe key that must say whether `box` is in pixels or thousandths; "" once that is known."""
     notation: str = ""
-    """How the text wrote it that it was read from; "" where it comes from a column or an annotation."""
+    """Notation of the text that it was read from; "" if it comes from a column or an annotation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +139,9 @@ class Example:
     asked_regions: tuple[Region, ...] = ()
     """Boxes that the question is about."""
     layout: str = ""
-    """`answers[0]` with `<box>` at the place of each of `regions`; "" where they follow the words."""
+    """`answers[0]` with `<box>` at the place of each of `regions`; "" if they follow the words."""
     doubtful: str = ""
-    """Four numbers in brackets in its texts that may be a box and were not read as one."""
+    """Four numbers in brackets from its texts that may be a box but were not read as one; "" if none."""
     context: tuple[tuple[Example, str], ...] = ()
     """Earlier questions about the images and their answers, which the model reads ahead of the question."""
 
@@ -183,7 +183,7 @@ class Problem:
     images: tuple[str, ...] = ()
     """Keys of images to look at."""
     quiet: bool = False
-    """Whether it only says what is not used of the data, for `surgvqa check` to list."""
+    """Whether it only names unused data, for `surgvqa check` to list, and is no warning."""
 
     def __post_init__(self) -> None:
         """What is no UTF-8 in the data is escaped, so that a problem can be written anywhere."""
@@ -206,7 +206,7 @@ class Dataset:
     examples: Sequence[Example]
     problems: Sequence[Problem]
     unused: Sequence[str] = ()
-    """What of the data is not used, such as files, columns and further answers, each with its place."""
+    """Unused data, such as files, columns and further answers, each with its place."""
     leaky: bool = False
     """Whether its split is a corpus's own that is known to have images in several parts."""
 
@@ -246,8 +246,8 @@ def in_context(examples: Sequence[Example], answers: Mapping[str, str]) -> list[
 
 
 def normalise(answer: str) -> str:
-    """Return what tells one answer from another: NFKC, single blanks, and the set of `;`-parts, each without
-    final full stops.
+    """Return the form in which answers are compared: NFKC, single blanks, and the set of `;`-parts, each
+    without final full stops.
 
     Full stops are `.` and the marks of other scripts that Unicode calls sentence terminals and that end
     statements: Armenian, Urdu, Devanagari (danda and double danda), Ethiopic, Khmer, Burmese and Chinese or
@@ -312,7 +312,7 @@ def load(data: Data, *, progress: bool = False) -> Dataset:
 
 
 class _Shared:
-    """Lets equal values of many examples be one object, which saves half of the memory of a million."""
+    """Replaces equal values of many examples by one object, which halves the memory of a million examples."""
 
     FIELDS = ("images", "question", "answers", "question_type", "group", "labels")
 
@@ -320,11 +320,11 @@ class _Shared:
         self._known: dict[object, object] = {}
 
     def __call__(self, example: Example) -> Example:
-        """The same example, changed in place: nobody else has it yet."""
+        """Share the example's values and return it. It is frozen but changed in place, as it is still new."""
         known = self._known
         for name in self.FIELDS:
             value = getattr(example, name)
-            # The key of images stands for them here: hashing a path takes long.
+            # Images are looked up by their key, since hashing a path is slow.
             key = (example.image_key, len(value)) if name == "images" else value
             first = known.setdefault(key, value)
             if first is not value and (name != "images" or first == value):

@@ -1,11 +1,11 @@
-"""Boxes inside texts: find them, take them out as Regions, and keep their places.
+"""Find boxes in texts, convert them to Regions, and keep their places.
 
     "the Knife[0.7, 0.4, 0.9, 0.8] cuts" ── find ──▶ [Found] ── read ──▶ layout "the <box> cuts", one Region
 
-The same notations are read in the data's texts and in what models write: JSON objects with a key such as
-`bbox_2d`, `<ref>` and `<box>` tags or the special tokens of Qwen, a label with four numbers behind it, and,
-where the recipe says that they are boxes, four numbers in brackets. surgvqa.grounding writes the boxes back,
-moved with the canvas, in the notation of the model's family.
+The same notations are read in the data and in the answers of models: JSON objects with a key such as
+`bbox_2d`, `<ref>` and `<box>` tags or Qwen's special tokens, and a label followed by four numbers in
+brackets. Four numbers in brackets alone are a box only if the recipe says so. surgvqa.grounding writes boxes
+back into texts, moved with the canvas, in the notation of the model's family.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from surgvqa.datasets import Box, Example, Region
 
 MARK = "<box>"
-"""The place of a box in a question or in a layout."""
+"""Marks the place of a box in a question or in a layout."""
 
 READ = 100_000
-"""Characters in which boxes are looked for; what follows them stays text."""
+"""Characters of a text that are searched for boxes; the rest stays text."""
 
 NUMBER = r"[-+]?(?:\d{1,9}(?:\.\d{0,30})?|\.\d{1,30})"
 
@@ -63,7 +63,7 @@ _RESEMBLING = re.compile(
     r"""|["'](?:x1|xmin|x_min)["']\s{0,4}:\s{0,4}[-+.]?\d"""
     r"""|["']x["']\s{0,4}:\s{0,4}[-+.]?[\d.]{1,20},\s{0,4}["']y["']"""
 )
-"""Coordinates that a key or a tag marks as such, in a text from which boxes have been taken."""
+"""Coordinates that a key or a tag marks, in notations that `find` does not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +73,19 @@ class Found:
     start: int
     end: int
     boxes: tuple[Box, ...]
-    """As they are written: in whatever unit, corners unchecked."""
+    """The numbers as written: unit and corners are not checked."""
     label: str = ""
     image: int | None = None
-    """Which image, from 0, where the text says so."""
+    """Number of the image, from 0; None where the text does not say it."""
     notation: str = "JSON"
     bare: bool = False
-    """Only the numbers are taken, out of JSON that says more than box and label."""
+    """Whether only the numbers are replaced, inside JSON that has more keys than box and label."""
 
 
 def find(text: str, *, images: int = 1, brackets: bool = False) -> list[Found]:
-    """Return all boxes in a text by their place; with `brackets` also four numbers without key, tag or label.
+    """Return all boxes in a text in their order; with `brackets` also four numbers in brackets alone.
 
-    Takes time in proportion to the text's length.
+    Takes time in proportion to the length of the text.
     """
     if not any(mark in text for mark in "[(<"):
         return []
@@ -106,7 +106,7 @@ def find(text: str, *, images: int = 1, brackets: bool = False) -> list[Found]:
 
 
 def _without(text: str, found: Sequence[Found]) -> str:
-    """The text with NUL in place of what has been found, so that all places stay."""
+    """Return the text with NULs in place of what was found, so that later positions stay the same."""
     pieces, at = [], 0
     for one in found:
         pieces += [text[at : one.start], "\0" * (one.end - one.start)]
@@ -120,7 +120,10 @@ def _edges(text: str) -> Box:
 
 
 def _plausible(box: Box, named: bool) -> bool:
-    """Tell whether four numbers in brackets can be a box: 1 to 9 are a list, unlabelled 0 and 1 too."""
+    """Return whether four numbers in brackets can be a box, rather than a list of small whole numbers.
+
+    The largest number of a box is at least 10 or at most 1. Without a label, 0s and 1s alone are a list too.
+    """
     return min(box) >= 0 and (max(box) >= 10 or (max(box) <= 1 and (named or any(e % 1 for e in box))))
 
 
@@ -138,7 +141,7 @@ def _tagged(text: str, images: int) -> Iterator[Found]:
 
 
 def _in_json(text: str, images: int) -> Iterator[Found]:
-    """Objects that are nothing but a box with its label; of others the numbers of the box alone."""
+    """Yield JSON objects that hold a box and its label alone, and of other objects the numbers of the box."""
     whole: list[Found] = []
     objects = [match.span() for match in OBJECT.finditer(text)]
     number, at = 0, 0
@@ -165,7 +168,7 @@ def _in_json(text: str, images: int) -> Iterator[Found]:
 
 
 def _quads(text: str, at: int) -> Iterator[tuple[int, int, Box]]:
-    """Start, end and numbers of each box in the list that begins at `at`; none where it is anything else."""
+    """Yield start, end and numbers of each box in the list that begins at `at`; nothing for other lists."""
     stop = _VALUE_END.search(text, at, at + 4000)
     value = text[at : stop.start() if stop else at + 4000]
     depth = 0
@@ -185,7 +188,7 @@ def _quads(text: str, at: int) -> Iterator[tuple[int, int, Box]]:
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text is, also in single quotation marks."""
+    """Return the JSON object that a text is, also if it has single quotation marks; else None."""
     for form in (text, text.replace("'", '"')):
         try:
             value = json.loads(form)
@@ -196,7 +199,7 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def _says_no_more(said: dict[str, Any], images: int) -> bool:
-    """Whether an object is a box with at most one label and, of several images, which it is in."""
+    """Return whether an object has no keys but a box, at most one label and, with several images, `image`."""
     labels = said.keys() & _LABEL_KEYS
     more = said.keys() - _BOX_KEYS - labels
     return (
@@ -208,7 +211,7 @@ def _says_no_more(said: dict[str, Any], images: int) -> bool:
 
 
 def _in_runs(text: str, found: Sequence[Found]) -> Iterator[Found]:
-    """Objects, the first and last of a list with its brackets and the code fence around it."""
+    """Yield the objects; widen the first and the last of a list by its brackets and the code fence around."""
     run: list[Found] = []
     for one in found:
         if run and text[run[-1].end : one.start].strip() != ",":
@@ -232,7 +235,7 @@ def _unbracketed(text: str, run: list[Found]) -> Iterator[Found]:
 
 
 def layout_of(text: str, found: Sequence[Found]) -> str:
-    """The text with a mark in place of every box."""
+    """Return the text with MARK in place of every box."""
     pieces, at = [], 0
     for one in found:
         pieces += [text[at : one.start], ", ".join([MARK] * len(one.boxes))]
@@ -241,7 +244,7 @@ def layout_of(text: str, found: Sequence[Found]) -> str:
 
 
 def without_boxes(layout: str, regions: Sequence[Region]) -> str:
-    """The words of a layout: labels in place of their boxes, and `[]` for numbers in JSON."""
+    """Return a layout's text with labels in place of their boxes, and `[]` in place of numbers in JSON."""
     text, *rest = layout.split(MARK)
     for region, following in zip(regions, rest, strict=True):
         word = "[]" if region.bare else region.label
@@ -250,9 +253,9 @@ def without_boxes(layout: str, regions: Sequence[Region]) -> str:
 
 
 def stands_first(layout: str, regions: Sequence[Region]) -> str | None:
-    """The words of a layout whose boxes all come after them; None where boxes stand among the words.
+    """Return the words of a layout if all its boxes follow them; None if a box stands among the words.
 
-    So grounded answers are written anyway, see `grounding.write_answer`.
+    Such an answer needs no layout: `grounding.write_answer` puts boxes behind the words by default.
     """
     if any(region.bare for region in regions):
         return None
@@ -265,10 +268,10 @@ def stands_first(layout: str, regions: Sequence[Region]) -> str | None:
 
 
 def measured(edges: Sequence[float], unit: str) -> tuple[Box, bool]:
-    """Four numbers as a box, and whether it is in shares of the image's sides; else it is in pixels.
+    """Return four numbers as a box, and True if it is in shares of the image's sides, False if in pixels.
 
-    `unit` is the recipe's `data.boxes`; thousandths become shares. With `auto` numbers up to 1 are shares.
-    Raises ValueError with what is wrong, to be put after the box.
+    `unit` is the recipe's `data.boxes`. Thousandths are converted to shares. With `auto` numbers up to 1 are
+    shares. Raises ValueError with what is wrong, to follow the box in a message.
     """
     x1, y1, x2, y2 = box = (float(edges[0]), float(edges[1]), float(edges[2]), float(edges[3]))
     if min(box) < 0 or x1 >= x2 or y1 >= y2:
@@ -293,7 +296,7 @@ _UNDECIDED = "data.boxes"
 
 
 def _regions(found: Sequence[Found], unit: str) -> tuple[Region, ...]:
-    """The found boxes as Regions; the first at each place has its label. Raises ValueError."""
+    """Return the boxes as Regions; of several at one place the first has the label. Raises ValueError."""
     regions = []
     for one in found:
         for number, edges in enumerate(one.boxes):
@@ -314,13 +317,12 @@ def _regions(found: Sequence[Found], unit: str) -> tuple[Region, ...]:
 
 
 def read(example: Example, variant: str | None, unit: str, default: str = "marked") -> Example:
-    """Return the example with the boxes of its question and its first answer as Regions, each in its place.
+    """Return the example with the boxes in its question and its first answer as Regions.
 
-    `variant` is `marked`, `boxes` (four numbers in brackets are boxes too), `text` (nothing is read) or None,
-    which is the `default` but notes brackets of which the recipe says nothing. A question or answer that has
-    boxes from columns is left. Of several images each box must say which it is in, or the text stays as
-    it is.
-    Raises ValueError with a box that is wrong, to be put after "the box".
+    `variant` is `marked`, `boxes` (four numbers in brackets are boxes too), `text` (reads nothing) or None:
+    then `default` holds, and brackets that may be a box are noted in `doubtful`. A question or answer with
+    boxes from columns stays as it is. So does a text of an example with several images, if one of its boxes
+    does not say which image it is in. Raises ValueError for a wrong box, to follow "the box" in a message.
     """
     images = len(example.images)
     several = images > 1
@@ -348,12 +350,12 @@ def read(example: Example, variant: str | None, unit: str, default: str = "marke
 
 
 def _answered(example: Example, found: Sequence[Found], unit: str) -> Example:
-    """The example with the boxes of its answer: in their places, or as boxes that follow the words."""
+    """Return the example with the boxes of its answer, with a layout if boxes stand among its words."""
     text, regions = layout_of(example.answers[0], found), _regions(found, unit)
     named = iter(regions)
     following = tuple(
         replace(next(named), label=one.label) for one in found for _ in one.boxes
-    )  # all of them, where labels are not words of a sentence
+    )  # each with its label, as these are not words of a sentence
     words = stands_first(text, following)
     if words is None:
         return replace(
@@ -367,7 +369,7 @@ def _answered(example: Example, found: Sequence[Found], unit: str) -> Example:
 
 
 def resembling(text: str) -> str:
-    """The first coordinates that a key or a tag marks in a text, boxes or points; "" where there are none."""
+    """Return the first coordinates, of boxes or points, that a key or a tag marks in a text; "" if none."""
     if "<" not in text and "[" not in text and "(" not in text and ":" not in text:
         return ""
     found = _RESEMBLING.search(text[:READ])
@@ -378,7 +380,7 @@ def resembling(text: str) -> str:
 
 
 def in_brackets(text: str) -> str:
-    """The first four numbers in brackets that could be corners of a box; "" where there are none."""
+    """Return the first four numbers in brackets that may be the corners of a box; "" if none."""
     if "[" not in text and "(" not in text:
         return ""
     for one in find(text, brackets=True):

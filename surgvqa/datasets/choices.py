@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import json
 import re
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from string import ascii_uppercase
 from typing import Any
 
-from surgvqa.datasets.files import as_text, kind_of
+from surgvqa.datasets.files import as_text, is_missing, kind_of, literal
 
 WHOLE = ("choices", "options", "option")
 """Columns that hold all choices of a question, as a list or an object."""
@@ -63,7 +61,7 @@ def single_columns(names: Iterable[str]) -> dict[str, str]:
 
 
 def of_row(fields: Mapping[str, Any]) -> tuple[Choices, list[str]]:
-    """Return a row's choices, as the names of its columns show them, and these columns.
+    """Return a row's choices, found by the names of its columns, and these names.
 
     Raises ValueError with the column and what is wrong with it.
     """
@@ -85,19 +83,19 @@ def of_row(fields: Mapping[str, Any]) -> tuple[Choices, list[str]]:
 
 @functools.lru_cache(1024)
 def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    """Return those of a row's columns that hold all choices, and those that hold one each."""
+    """Return the columns that may hold all choices, and label → column of those that hold one each."""
     return [name for name in names if name.lower() in WHOLE], single_columns(names)
 
 
 def parse(value: object) -> Choices:
-    """Return the choices that a cell holds: a list, an object of labels, or the JSON or lines of either.
+    """Return the choices in a cell: a list, an object of labels, either of these as JSON, or lines `A. hook`.
 
     A list gets the labels A, B, C, ... Empty choices are left out. Raises ValueError with what is wrong,
-    to be put after the column's name.
+    to follow the column's name in a message.
     """
     if isinstance(value, str):
         value = _of_text(value.strip())
-    if value is None or (isinstance(value, float) and value != value):  # pandas writes NaN for nothing
+    if is_missing(value):
         return {}
     if isinstance(value, dict):
         texts, labels = value.get("text"), value.get("label")
@@ -112,38 +110,33 @@ def parse(value: object) -> Choices:
 
 
 def cleaned(choices: Mapping[str, Any]) -> Choices:
-    """Return choices as text, without the empty ones, and without a label of their own, such as `A: hook`.
+    """Return choices as text, without empty ones. Remove labels repeated in the texts, such as `A: hook`.
 
     Raises ValueError.
     """
     texts = {label: as_text(text) for label, text in choices.items()}
     texts = {label: text for label, text in texts.items() if text}
     bare = {label: _without_label(label, text) for label, text in texts.items()}
-    # "A. fumigatus" is no label, so a label counts only where every choice has its own.
+    # "A." in "A. fumigatus" is no label, so labels are removed only where every choice begins with its own.
     return {label: text or "" for label, text in bare.items()} if all(bare.values()) else texts
 
 
 def _without_label(label: str, text: str) -> str | None:
-    """Return a text that begins with its label and a mark, without these; None for another text."""
+    """Return a text without the label and mark that it begins with; None if it does not begin so."""
     found = re.fullmatch(rf"\(?{re.escape(label)}\s*[.:)]\s*(.+)", text, re.IGNORECASE | re.DOTALL)
     return found[1] if found else None
 
 
 def _of_text(text: str) -> object:
-    """Return the list or object that a text holds as JSON, in Python's form, or as lines `A. hook`.
+    """Return the list or object that a text holds as JSON, as a Python literal, or as lines `A. hook`.
 
     Raises ValueError.
     """
     if not text:
         return None
     if len(text) <= _LONGEST:
-        for parser in (json.loads, ast.literal_eval):
-            try:
-                value = parser(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            if isinstance(value, (list, dict)):
-                return value
+        if (value := literal(text)) is not None:
+            return value
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         labelled = dict(zip(ascii_uppercase, lines, strict=False))
         if len(lines) > 1 and all(_without_label(label, line) for label, line in labelled.items()):
@@ -159,7 +152,7 @@ def asked(question: str, choices: Choices) -> str:
 def label_of(answer: str, choices: Choices) -> str:
     """Return the label of the choice that an answer names by label, by text or by both.
 
-    Raises ValueError with what is wrong, to be put after the answer's column.
+    Raises ValueError with what is wrong, to follow the name of the answer's column in a message.
     """
     found = {label for label in choices if answer.strip("().: ").casefold() == label.casefold()}
     found |= {label for label, text in choices.items() if _plain(answer) == _plain(text)}

@@ -41,10 +41,10 @@ _PLACEHOLDER = re.compile(r"<image>|<ImageHere>|<video>")
 """Where an image goes in a text; here all images of a row come before its questions."""
 
 _OBJECT_MARK = re.compile(r"(?P<named><ref-object>\s?<bbox>)|<ref-object>|(?P<key>[\"']\s?:\s?\[?\s?)?<bbox>")
-"""Where the names and boxes of a row's `objects` go; behind a key of JSON a box is its numbers alone."""
+"""Marks for the names and boxes of a row's `objects`. After a key of JSON a box is its numbers alone."""
 
 _UNITS = {"real": "pixels", "norm1": "share", "norm1000": "thousand"}
-"""ms-swift's `bbox_type` → the unit that it stands for."""
+"""ms-swift's `bbox_type` → the unit, as in `data.boxes`."""
 
 
 @dataclass
@@ -257,10 +257,10 @@ def _bare(text: str) -> tuple[str, bool]:
 def _with_objects(
     turns: list[tuple[str, str]], fields: tables.Fields, unit: str, images: int
 ) -> tuple[list[tuple[str, str]], str]:
-    """Return the messages with ms-swift's `objects` written at their marks, and the unit of their boxes.
+    """Return the messages with ms-swift's `objects` in place of their marks, and the unit of their boxes.
 
-    Names and boxes are taken in order, over all messages of the row. A box right behind a name has it as its
-    label, and so has an answer of boxes alone. `unit` is the recipe's and holds where the row gives none.
+    Names and boxes are taken in order, over all messages of the row. A box gets a label from the name right
+    before it, or in an answer of boxes alone. `unit` is the recipe's; it holds if the row gives none.
     """
     objects = fields["objects"]
     marks = [mark for _, text in turns for mark in ("<ref-object>", "<bbox>") if mark in text]
@@ -278,7 +278,7 @@ def _with_objects(
     wanted = {"bbox": sum(text.count("<bbox>") for _, text in turns)}
     wanted |= {"ref": sum(text.count("<ref-object>") for _, text in turns)}
     for key, given in (("bbox", numbers), ("ref", names)):
-        # One name may be that of all boxes without being in the text.
+        # Without marks for names in the text, there may be one name for all boxes or one for each.
         if len(given) != wanted[key] and not (
             key == "ref" and not wanted[key] and len(given) in (1, len(numbers))
         ):
@@ -312,9 +312,9 @@ def _with_objects(
 
 
 def _objects(value: object, unit: str, images: int) -> tuple[list[str], list[tuple[str, str]], str]:
-    """Return the names, each box as `[x1, y1, x2, y2]` with the picture it is in, and the unit.
+    """Return the names, each box as `[x1, y1, x2, y2]` with a prefix for its image, and the unit.
 
-    Raises ValueError, to be put after "objects".
+    Raises ValueError, to follow "objects" in a message.
     """
     if isinstance(value, str):
         try:

@@ -7,6 +7,7 @@ Files are read in pieces, so that their size is no matter, and a row that cannot
 
 from __future__ import annotations
 
+import ast
 import csv
 import glob
 import hashlib
@@ -29,7 +30,7 @@ _LONGEST = 2**26
 """Characters read from a JSON list at a time, and the most that a row may have."""
 
 _READ = (*SUFFIXES, ".arrow", ".txt", ".md", ".yaml", ".yml")
-"""Files whose content decides what is read of a folder for the hub."""
+"""Suffixes of the files in a folder for the hub whose content decides what is read."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -52,7 +53,7 @@ def rows_of(
     """Yield the rows of a file of the kind that its suffix says.
 
     Where the file itself names its columns (CSV, Parquet), lacking one of `needed` is a Problem, and Parquet
-    yields only these and `wanted`. Images embedded in Parquet's column or columns `image` come as ImageRefs.
+    yields only these and `wanted`. Images embedded in the columns `image` of Parquet are ImageRefs.
     """
     suffix = file.suffix.lower()
     if is_lfs_pointer(file):
@@ -72,12 +73,29 @@ def rows_of(
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Return whether a file is what Git leaves of a large one until `git lfs pull`."""
+    """Return whether a file is the pointer that Git LFS leaves in place of a file it has not fetched."""
     try:
         with file.open("rb") as stream:
             return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError:
         return False
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a cell holds nothing: None, or NaN, which pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def literal(text: str) -> list[Any] | dict[Any, Any] | None:
+    """Return the list or object that a text holds as JSON or as a Python literal; None for other texts."""
+    for parser in (json.loads, ast.literal_eval):
+        try:
+            value = parser(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, (list, dict)):
+            return value
+    return None
 
 
 def as_text(value: object) -> str:
@@ -319,19 +337,19 @@ class _Pieces:
 
 
 class _Lines:
-    """The lines of a text file, counted, none of them and no record of them too long for memory."""
+    """Counts the lines of a text file and limits the length of a record, so that none fills the memory."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.count = 0
         self.held = 0
-        """Characters since this was set to 0."""
+        """Characters read since the caller set this to 0, at the begin of a record."""
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        """Raises OverflowError where the record is too long; the line with which it is has been passed."""
+        """Return the next line. Raises OverflowError if it makes the record too long, and passes by it."""
         line = self._stream.readline(_LONGEST + 1)
         if not line:
             raise StopIteration
@@ -344,7 +362,7 @@ class _Lines:
 
 
 def _separator(lines: TextIO, file: Path, columns: Sequence[str]) -> str:
-    """Return what separates the names in the first line so that all of `columns` are there; else a comma."""
+    """Return the separator with which the first line names all of `columns`; a comma if there is none."""
     if file.suffix.lower() == ".tsv":
         return "\t"
     names = lines.readline(_PIECE)
@@ -414,7 +432,7 @@ def _wrong_header(header: Sequence[str], columns: Sequence[str]) -> str:
 def open_parquet(files: Sequence[Path], image: str | Sequence[str] = "image") -> Any:
     """Return a `datasets.Dataset` of Parquet files, memory-mapped from a copy in the library's cache.
 
-    The copy is found by what is in the files. Embedded images stay encoded. Raises ValueError with what is
+    The copy belongs to a digest of the files. Embedded images stay encoded. Raises ValueError with what is
     wrong.
     """
     import datasets  # takes a second, and only tables of its kind need it; it brings no torch
@@ -424,15 +442,15 @@ def open_parquet(files: Sequence[Path], image: str | Sequence[str] = "image") ->
         # Names are patterns to `datasets`, hence the escape.
         names = [glob.escape(str(file.resolve())) for file in files]
         table = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=_copies(digest))
-        table._fingerprint = digest  # as `datasets` makes it, it is of times of change
+        table._fingerprint = digest  # the library's own depends on times of change
         return encoded(table, image)
     except Exception as error:  # from pyarrow, from fsspec or from datasets itself
         raise ValueError(f"cannot be read as Parquet: {' '.join(str(error).split())}") from None
 
 
 def _digest(files: Iterable[Path]) -> str:
-    """Return what tells files apart: their names, what is in those that are tables or describe some, and the
-    size and times of the others. Raises OSError."""
+    """Return a digest of files: of all names, of the content of tables and of files that describe tables, and
+    of the size and times of the others. Raises OSError."""
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file}\0".encode("utf-8", "surrogateescape"))
@@ -449,7 +467,7 @@ def _digest(files: Iterable[Path]) -> str:
 def _copies(digest: str) -> str:
     """Return the folder in which `datasets` keeps its copies of files with this digest.
 
-    Its own folder goes by paths and times of change, which other rows may have too.
+    The library's own choice depends on paths and times of change, which files with other rows may share.
     """
     import datasets
 
@@ -489,8 +507,11 @@ def open_hub(path: str, revision: str | None, subset: str | None = None, split: 
 
 
 def _open_folder(folder: Path, subset: str | None) -> dict[str, Any]:
-    """Return the splits of a folder that `datasets` loads, as what is in its files now. Raises BadInput."""
-    # The library passes over what is no file, such as a link into a cache that has lost it.
+    """Return the splits of a folder that `datasets` loads, by name. Raises BadInput.
+
+    The result is that of the files' present content.
+    """
+    # The library ignores what is not a file, such as a link to a file that was deleted from a cache.
     entries = list(folder.rglob("*"))
     tables = (file for file in entries if file.suffix.lower() in (*SUFFIXES, ".arrow"))
     if wrong := [str(file) for file in tables if not file.is_file()]:
@@ -513,7 +534,7 @@ def _open_folder(folder: Path, subset: str | None) -> dict[str, Any]:
 
 
 def encoded(table: Any, columns: str | Sequence[str] = "image") -> Any:
-    """Return a `datasets.Dataset` whose columns of embedded images, or of lists of them, are not decoded."""
+    """Return a `datasets.Dataset` that does not decode its columns of embedded images or lists of them."""
     import datasets
 
     for column in [columns] if isinstance(columns, str) else columns:
@@ -562,7 +583,7 @@ def table_rows(
 
 
 def _cell(cell: Any, refs: dict[str, ImageRef], ref: ImageRef) -> Any:
-    """Return what a cell of a column of images holds, with ImageRefs for those that are embedded."""
+    """Return a cell of a column of images, with an ImageRef for each embedded image."""
     if isinstance(cell, dict):
         return _embedded(cell, refs, ref)
     if isinstance(cell, list):

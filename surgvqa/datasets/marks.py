@@ -1,4 +1,4 @@
-"""Marks of where an image goes in a text, as other toolkits write them. Here all images come before it."""
+"""Remove the marks of other toolkits for an image's place in a text: here all images come first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBERED = re.compile(r"<image[ _]?\d{1,3}>", re.IGNORECASE)
 
 
 def without_marks(text: str) -> tuple[str, list[str]]:
-    """Return the text without the marks in it, and these. Lines without a mark stay as they are."""
+    """Return the text without its marks, and the marks. Lines without a mark stay as they are."""
     if "<" not in text:
         return text, []
     marks: list[str] = PLACEHOLDER.findall(text)

@@ -1,4 +1,4 @@
-"""The hub as a place that may be out of reach: found out in seconds, and told."""
+"""Find out within seconds whether the Hugging Face hub can be reached."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from surgvqa.terminal import Console
 
 PATIENCE_S = 6
-"""How long the hub may take to answer at all. Without this limit its clients try again for half a minute."""
+"""Time limit for the hub's first answer. Its own clients retry for half a minute."""
 
 
 def unreachable(what: str) -> str:
-    """Return why the hub cannot be reached, "" where it answers or `HF_HUB_OFFLINE` forbids to ask.
+    """Return why the hub cannot be reached; "" if it answers, or if `HF_HUB_OFFLINE` forbids to ask.
 
-    `what` is to be fetched; the main process says so on stderr.
+    The main process prints on stderr that `what` is being fetched.
     """
     from huggingface_hub import constants
 
@@ -31,7 +31,7 @@ def unreachable(what: str) -> str:
 
 @functools.cache
 def _silence_of(endpoint: str) -> str:
-    """Return why a server does not answer, "" where it does, whatever it says. Asked once in a process."""
+    """Return why a server does not answer; "" if it answers, with whatever status. Asks once per process."""
     from huggingface_hub import get_session
 
     result: list[str] = []
@@ -45,7 +45,7 @@ def _silence_of(endpoint: str) -> str:
         else:
             result.append("")
 
-    # The library's limit holds for each address of a name and each read, hence a limit for all of it.
+    # The library's own limit holds for each address and each read, so it may take many times as long.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE_S)

@@ -2,15 +2,13 @@
 
     Row ── Fields ──▶ Example        surgvqa.datasets.files reads the rows, .images finds the images
 
-The columns and what may be in them are described in docs/datasets.md. Whatever a data set has that is not
-used is told: as warnings what a question may need, such as further images, else as quiet problems.
+docs/datasets.md describes the columns and their values. What a data set has and is not used is reported: by
+a warning if a question may need it, such as further images, else by a quiet Problem.
 """
 
 from __future__ import annotations
 
-import ast
 import json
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +24,9 @@ from surgvqa.datasets.files import (
     as_text,
     csv_rows,
     encoded,
+    is_missing,
     kind_of,
+    literal,
     open_parquet,
     rows_of,
 )
@@ -40,14 +40,14 @@ NEEDED = ("image", "question", "answer")
 OPTIONAL = ("id", "question_type", "group", "split", "stage", "box", "boxes", "asked_box", "asked_boxes")
 
 Mapped = Mapping[str, str | list[str] | None]
-"""Our name of a column → the data's, several of them, or None where it has none: `Source.columns`."""
+"""Our name of a column → the data's name, a list of names, or None for no column: `Source.columns`."""
 
 PARTS: dict[str, Part] = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val", "validate": "val", "dev": "val", "eval": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""What parts are called in the names of files, in columns and on the hub, in lower case."""
+"""Names of parts in file names, in columns and on the hub, in lower case."""
 
 _PART_FILE = re.compile(
     rf"(?P<head>.*[-_. ])?(?P<part>{'|'.join(PARTS)})(-\d+-of-\d+(-[0-9a-f]+)?)?", re.IGNORECASE
@@ -57,7 +57,7 @@ numbers are how the hub names the pieces of a large file."""
 
 _IMAGES = re.compile(r"(images?|imgs?|pictures?)[ _-]?\d*", re.IGNORECASE)
 _BOXES = re.compile(r"objects|bbox(es)?|bounding_box(es)?", re.IGNORECASE)
-"""Columns that a question may need to be understood, or an answer to be whole."""
+"""Columns (_IMAGES, too) that are warned of where they are not used: a question may need them."""
 
 
 def part_named(name: str) -> Part | None:
@@ -82,13 +82,13 @@ def read(source: Source) -> Iterator[Example | Problem]:
 
 
 def names_of(mapped: Mapped, name: str) -> list[str]:
-    """Return the data's names of one of our columns: one, several, or none where it is switched off."""
+    """Return the data's names of one of our columns: one, several, or none if the recipe maps it to null."""
     theirs = mapped.get(name, name)
     return [] if theirs is None else [theirs] if isinstance(theirs, str) else theirs
 
 
 def columns(source: Source, needed: Sequence[str], optional: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return a data set's own names of the columns that it must have, with all it maps, and may have."""
+    """Return the data's names of the columns that it must have, mapped ones included, and of those it may."""
     named = source.columns
     must = [theirs for name in needed for theirs in names_of(named, name)]
     must += [theirs for name in named if name not in needed for theirs in names_of(named, name)]
@@ -97,16 +97,16 @@ def columns(source: Source, needed: Sequence[str], optional: Sequence[str]) -> t
 
 @dataclass
 class _Told:
-    """What the rows of a table have that examples do not show as it is."""
+    """Counts what the rows of a table hold that their examples leave out or show in another form."""
 
     seen: dict[str, None] = field(default_factory=dict)
-    """All columns."""
+    """The columns of all rows, in order."""
     choices: Counter[str] = field(default_factory=Counter)
-    """Columns from which choices were put into a question."""
+    """Column → questions into which choices from it were put."""
     several: int = 0
-    """Rows whose answer is a list of several."""
+    """Rows whose answer is a list of several different ones."""
     marks: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    """question, answer → marks of images that were taken out, or were left in."""
+    """question or answer → mark of an image, removed or (NUMBERED) left in → rows."""
 
     def add(self, row: Row, fields: Fields) -> None:
         if not row.fields.keys() <= self.seen.keys():
@@ -138,7 +138,7 @@ class _Told:
             yield Problem(place, f"{questions} {what}", warning=True, quiet=True)
 
     def _several(self, place: str, source: Source) -> Problem:
-        """What becomes of answers that are lists; quiet where the recipe says what they are."""
+        """Say how answers that are lists are used; quietly if the recipe sets data.list_answers."""
         rows = f"{self.several} {'row has' if self.several == 1 else 'rows have'} a list of several answers"
         what = f"{rows}; the first is trained on, and each counts as right"
         if source.list_answers == "join":
@@ -179,8 +179,10 @@ def examples(
 def unknown_columns(
     place: str, mapped: Mapped, seen: Mapping[str, None], used: Collection[str] | None = None
 ) -> Iterator[Problem]:
-    """Yield columns that the recipe names and no row has, of files in which each row names its columns, and
-    those of `seen` that are not `used`: a warning for images and boxes, quiet for others."""
+    """Yield Problems for columns that the recipe names and no row has, and for `seen` ones not `used`.
+
+    Those not used are warned of if their names stand for images or boxes; else the Problem is quiet.
+    """
     lost = [
         f"{theirs} (for {ours})" for ours in mapped for theirs in names_of(mapped, ours) if theirs not in seen
     ]
@@ -218,7 +220,7 @@ def _listed(names: Sequence[str]) -> str:
 def part_files(path: Path, suffixes: Sequence[str] = SUFFIXES, *, roots: Sequence[str] = ()) -> list[Path]:
     """Return the file, or the files of a folder that are named for a part, all of one kind. Raises BadInput.
 
-    A file called like a part, such as train.json, goes before one whose name ends so, such as all_train.json.
+    A file named as a part, such as train.json, hides one whose name ends with it, such as all_train.json.
     """
     if path.is_file():
         if path.suffix.lower() not in suffixes:
@@ -255,7 +257,7 @@ def _tables_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _of_parts(files: Iterable[Path]) -> list[Path]:
-    """Return the files that are named for a part; where some have the bare name, of that part only these."""
+    """Return the files that are named for a part; only those with its bare name where there are any."""
     found = {file: match for file in files if (match := _PART_FILE.fullmatch(file.stem))}
     bare = {PARTS[match["part"].lower()] for match in found.values() if not match["head"]}
     return [
@@ -264,7 +266,7 @@ def _of_parts(files: Iterable[Path]) -> list[Path]:
 
 
 def _without_piece(file: Path) -> str:
-    """Return the name of a table of which a file may be a piece."""
+    """Return a file's stem without the number of a piece, such as `-00000-of-00002`."""
     match = _PART_FILE.fullmatch(file.stem)
     return f"{match['head'] or ''}{match['part']}".lower() if match else file.stem
 
@@ -272,7 +274,7 @@ def _without_piece(file: Path) -> str:
 def unread_files(
     path: Path, files: Collection[Path], suffixes: Sequence[str] = SUFFIXES
 ) -> Iterator[Problem]:
-    """Yield, quietly, the tables of a folder that are not among the `files` read of it."""
+    """Yield a quiet Problem that lists the tables of a folder that are not among the `files` read."""
     others = [file.name for file in _tables_in(path, suffixes) if file not in files] if path.is_dir() else []
     if others:
         what = f"tables that are not read, since their names stand for no part: {_listed(others)}"
@@ -301,7 +303,7 @@ class Fields:
         """The columns of its choices."""
 
     def __getitem__(self, name: str) -> Any:
-        """The value of one of our columns; of one that is several columns, all that they hold, as a list."""
+        """Return the value of one of our columns; for one that is several, a list of all their values."""
         theirs = self._columns.get(name, name) if self._columns else name
         if isinstance(theirs, str):
             return self._fields.get(theirs)
@@ -370,7 +372,7 @@ class Fields:
     def optional(self, name: str) -> str:
         """A field's text, or "" where it has none."""
         value = self[name]
-        if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: pandas' missing value
+        if is_missing(value):
             return ""
         try:
             return as_text(value)
@@ -379,7 +381,7 @@ class Fields:
             return ""
 
     def _question(self, images: int) -> str:
-        """The question without marks of where its images go."""
+        """Return the question without the marks of its images."""
         text = self._bare("question", self.text("question"))
         marks = [mark for mark in self.marks.get("question", ()) if mark.lower() == "<image>"]
         if marks and len(marks) != images and not self.wrong:
@@ -387,7 +389,7 @@ class Fields:
         return text
 
     def _bare(self, name: str, text: str) -> str:
-        """A field's text without marks of images, which are noted."""
+        """Return a field's text without marks of images, and note these."""
         if "<" not in text:
             return text
         bare, marks = without_marks(text)
@@ -406,7 +408,7 @@ class Fields:
         return tuple(self._bare("answer", self._required("answer", answer)) for answer in value)
 
     def _choices(self) -> choices.Choices:
-        """The row's choices, {} where it has none."""
+        """Return the row's choices; {} if it has none."""
         if self._columns.get("choices", "") is None:
             return {}
         try:
@@ -427,7 +429,7 @@ class Fields:
         return found
 
     def _labelled(self, answer: str, given: choices.Choices) -> str:
-        """The label of the choice that an answer names."""
+        """Return the label of the choice that an answer names; "" after noting a fault."""
         if not answer:
             return ""
         try:
@@ -481,7 +483,7 @@ class Fields:
         return part
 
     def _switch(self, name: str) -> str:
-        """How to have a column ignored, to be put after what is wrong with it."""
+        """Return the advice to ignore a column, to follow what is wrong with it."""
         return f"; if the column means something else, set data.columns: {{{name}: null}}"
 
     def stage(self) -> int | None:
@@ -519,7 +521,7 @@ class Fields:
     def _boxes(self, name: str) -> object:
         """A column's boxes, taken out of the text that CSV has; None where there are none."""
         value = self[name]
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if is_missing(value):
             return None
         if not isinstance(value, str):
             return value
@@ -534,17 +536,11 @@ class Fields:
 
 
 def _listed_in(value: object) -> object:
-    """The list of texts that a text such as `["a.png", "b.png"]` holds, as CSV has lists; else the value."""
+    """Return the list of texts that a text such as `["a.png", "b.png"]` holds; any other value unchanged."""
     if not (isinstance(value, str) and value.lstrip()[:2] in ('["', "['") and value.rstrip().endswith("]")):
         return value
-    for parser in (json.loads, ast.literal_eval):
-        try:
-            found = parser(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(found, list) and all(isinstance(one, str) for one in found):
-            return found
-    return value
+    found = literal(value.strip())
+    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else value
 
 
 def region(value: object, images: int = 1, unit: str = "auto") -> Region:

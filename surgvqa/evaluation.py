@@ -323,13 +323,13 @@ def examine(
             advance(len(chunk))
     predictions = _predictions(prepared, questions, answers)
     found = main_first(accelerator, lambda: scores.score(predictions, prepared.prior()))
-    model: dict[str, Any] = {"name": settings.model.name, "revision": prepared.folder.revision}
-    if base:
-        model["digests"] = base.model_dump(exclude={"commit"})
+    model = {"name": settings.model.name, "revision": prepared.folder.revision}
     environment = processes.environment(accelerator)
     result = {**found, "split": part, "model": model, "environment": environment}
     if source.checkpoint:
         result |= {"checkpoint": source.checkpoint.name, "manifest": source.weights}
+    if base:
+        result["digests"] = base.model_dump(exclude={"commit"})
     if prepared.base_changes:
         result["accepted_changes"] = list(prepared.base_changes)
     if variant:

@@ -138,7 +138,12 @@ def model_of(
         chosen = checkpoint.chosen(folder)
         return checkpoint.recipe_of(chosen, overrides), chosen
     if not folder.exists() and len(folder.parts) > 1:
-        there = sorted(file.parent.name for file in folder.parent.glob("*/recipe.yaml"))
+        others = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        there = sorted(
+            other.name
+            for other in others
+            if (other / "recipe.yaml").is_file() or checkpoint.is_checkpoint(other)
+        )
         if there:
             raise BadInput(f"{source}: no such run or checkpoint; {folder.parent} has {', '.join(there)}")
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -216,8 +221,7 @@ def _claim_folder(source: Source, base: Digests | None) -> None:
 
 def _other_base(there: results.Evaluation, base: Digests | None) -> bool:
     """Return whether an evaluation read other weights of a base model, as far as its scores tell."""
-    model = there.scores.get("model")
-    digests = model.get("digests") if isinstance(model, dict) else None
+    digests = there.scores.get("digests")
     return base is not None and isinstance(digests, dict) and digests.get("weights") != base.weights
 
 

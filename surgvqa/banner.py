@@ -24,7 +24,7 @@ _SHOWN = 30
 """How many classes are listed."""
 
 _LONG = 600
-"""Characters of an example's text that are shown; of a longer one the first and the last half of them."""
+"""Most characters of an example's text to show; a longer one loses its middle."""
 
 
 def banner(
@@ -103,9 +103,9 @@ def banner(
 
 
 def example(questions: Questions) -> Iterator[str]:
-    """Yield lines with the first question decoded from its tokens: what is given, learned, and neither.
+    """Yield lines that show the first question's tokens as text: those given, supervised and ignored.
 
-    So a wrong column, prompt or template is seen at once. It needs no model. An image's tokens are counted.
+    They show a wrong column, prompt or template at once. Needs no model. An image's tokens are counted.
     """
     first, chat = questions.examples[0], questions.chat
     grids = [questions.canvases[image.key].grid(chat.folder.factor) for image in first.images]
@@ -121,7 +121,7 @@ def example(questions: Questions) -> Iterator[str]:
 
 
 def _decoded(chat: ChatTokens, ids: Iterable[int]) -> str:
-    """Return tokens as text, each run of an image's tokens as one with its length."""
+    """Return tokens as text, with a run of an image's tokens as one token and its length."""
     image, pieces = chat.folder.special["<|image_pad|>"], []
     for is_image, run in itertools.groupby(map(int, ids), key=lambda token: token == image):
         tokens = list(run)
@@ -130,7 +130,7 @@ def _decoded(chat: ChatTokens, ids: Iterable[int]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Return a text with its middle left out where it is long."""
+    """Return a text; a long one without its middle."""
     if len(text) <= _LONG:
         return text
     return f"{text[: _LONG // 2]} … {len(text) - _LONG:,} characters … {text[-(_LONG // 2) :]}"

@@ -53,8 +53,8 @@ class Difference:
     b: float
     difference: float
     interval: tuple[float, float] | None
-    """95 %, from resamples of the groups. Where no two differ: `intervals.constant` for exact match, None for
-    other scores."""
+    """95 %, from resamples of the groups. If all resamples are equal: `intervals.constant` for exact match,
+    None for other scores."""
     p: float | None
     """Two-sided, from the same resamples."""
     p_holm: float | None = None

@@ -63,7 +63,7 @@ class Reply(NamedTuple):
     """An answer as the model gave it."""
 
     text: str
-    """With its boxes."""
+    """The text as written, with its boxes."""
     probabilities: dict[str, float] | None = None
     """Label → probability among the labels; None where the model wrote its answer."""
     cut: bool = False
@@ -220,7 +220,7 @@ def answers_of(
 
 
 def _read(prepared: Prepared, example: Example, reply: Reply) -> tuple[str, list[Region]]:
-    """Return what was written as text and boxes, these in source pixels."""
+    """Return a reply's text without boxes, and its boxes in source pixels."""
     if not prepared.grounded or reply.probabilities is not None:
         return reply.text, []
     canvases = [prepared.canvases[image.key] for image in example.images]
@@ -264,7 +264,7 @@ class Begun:
 
     def known(self) -> Answers:
         """Those of a former start. What a crash left half written is cut off."""
-        # Lines of former versions do not say whether the answer was cut: those are asked again.
+        # Lines of former versions have no "cut": ask those questions again.
         rows = [row for row in results.rows(self.file) if row.get("of") == self.of and "cut" in row]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(self.file, "".join(map(_line, rows)))

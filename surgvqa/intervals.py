@@ -106,8 +106,8 @@ def bootstrap(tallies: Sequence[Tally], *, resamples: int = RESAMPLES, seed: int
 def interval(samples: Array) -> tuple[float, float] | None:
     """The middle 95 % of (resamples,) values, those that are not defined left out.
 
-    None where there is nothing to see: no two resamples differ, as with a score of 0 or 1 in every group. For
-    shares of questions `constant` has one then.
+    None if all resamples are equal, as with a score of 0 or 1 in every group. `constant` gives an interval
+    for shares of questions then.
     """
     known = samples[np.isfinite(samples)]
     if len(known) < 2 or np.ptp(known) < 1e-12:
@@ -119,11 +119,11 @@ def interval(samples: Array) -> tuple[float, float] | None:
 def constant(value: float, groups: int, low: float, high: float) -> tuple[float, float]:
     """Return the 95 % interval of a mean that has the same `value` in each of `groups` groups.
 
-    No two resamples differ then, so the bootstrap has no interval, but another group may still differ: if a
-    share q of all groups does, `groups` of them agree with probability (1 - q)^groups, which is 2.5 % or more
-    for q up to u = 1 - 0.025^(1 / groups). Those others lie between `low` and `high`, the ends of the scale.
-    For a value of 0 or 1 on a scale from 0 to 1 this is the exact binomial interval (Clopper & Pearson,
-    Biometrika 26, 1934).
+    All resamples are equal then, so the bootstrap gives no interval, but groups that were not drawn may
+    differ. If a share q of all groups differs, `groups` drawn ones agree with probability (1 - q)^groups,
+    which is at least 2.5 % for q up to u = 1 - 0.025^(1 / groups). The others lie between `low` and `high`,
+    the ends of the scale. For a value of 0 or 1 on a scale from 0 to 1 this is the exact binomial interval
+    (Clopper & Pearson, Biometrika 26, 1934).
     """
     most = 1 - ((1 - LEVEL) / 2) ** (1 / groups)
     return (1 - most) * value + most * low, (1 - most) * value + most * high

@@ -34,8 +34,8 @@ MARGIN = 0.92
 """Share of a GPU's free memory that a step may take; the rest is for what is not foreseen."""
 
 LOOKED_AT, EPOCHS = 2000, 50
-"""Steps, evenly drawn from the next EPOCHS, among which the fullest micro-batch is looked for: to put an
-epoch in order takes a while, and later ones hold the same questions."""
+"""Most steps that are searched for the fullest micro-batch, drawn evenly from the next EPOCHS epochs.
+Ordering an epoch takes time, and later ones hold the same questions."""
 
 ROUNDS = 3
 """How often `auto` halves the gap between what fits and what does not."""

@@ -330,7 +330,7 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def finite(model: nn.Module) -> bool:
-    """Return whether every weight that trains is a number, neither NaN nor infinite."""
+    """Return whether all trainable weights are finite."""
     return all(bool(parameter.isfinite().all()) for _, parameter in trainable(model))
 
 

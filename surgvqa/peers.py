@@ -28,7 +28,7 @@ EVERY = 1.0
 SUSPECT = 5.0
 """Seconds of silence that explain a failed exchange."""
 HEARD_WITHIN = 2.0
-"""Seconds that the main process, which holds the store, waits until the others know that all are to stop."""
+"""Seconds that the main process waits until the others know of a stop; they read it from its store."""
 
 
 class Peers:
@@ -41,9 +41,11 @@ class Peers:
         record: Callable[[str], object] | None = None,
         stop: Stop | None = None,
     ) -> None:
-        """`patience`: seconds of silence after which a process is lost, and this one ends with the code for
-        it, whatever its main thread waits for; one of them calls `record` with what it says of it. A process
-        that is asked to stop while the run starts has the others' `stop` asked, too."""
+        """`patience` is the number of seconds without a sign of life after which a process is lost. This one
+        then ends with the exit code for that, whatever its main thread waits for, and one of those left calls
+        `record` with the message. While the run starts, a stop of one process is passed on to the `stop` of
+        all.
+        """
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.patience, self.record, self.step, self.stop = patience, record, 0, stop
         self._ended = threading.Event()
@@ -94,7 +96,7 @@ class Peers:
             time.sleep(EVERY / 4)
 
     def _part(self) -> None:
-        """Tell that this process knows that all are to stop, and on the main one wait until all know it."""
+        """Confirm that this process knows of the stop; on the main one wait until all have done so."""
         with contextlib.suppress(RuntimeError):  # the main process held the store
             self._store.set(f"stopped/{self.rank}", "")
             until = time.monotonic() + HEARD_WITHIN

@@ -67,7 +67,7 @@ class _Ready(Prepared):
         return True
 
     def reads_in_place(self, example: Example) -> bool:
-        """Return True: where the data had its boxes is not known here either."""
+        """Return True, since the form of the reference answer is not known here."""
         return True
 
 

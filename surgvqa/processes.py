@@ -59,7 +59,7 @@ def start() -> Accelerator:
 
 
 def cpu_asked_for() -> bool:
-    """Return whether somebody asked to compute on the CPU."""
+    """Return whether the environment asks to compute on the CPU."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or hidden == "" or hidden.startswith("-1")
 
@@ -126,7 +126,7 @@ def main_first(accelerator: Accelerator | None, work: Callable[[], Result]) -> R
 
 
 def refuse_together(accelerator: Accelerator | None, problems: Sequence[str]) -> None:
-    """Raise BadInput on every process with the problems that all of them have, where there are any."""
+    """Raise BadInput on every process with the problems of all of them, if there are any."""
     every = list(problems) if accelerator is None else gather_object(list(problems))
     if every:
         raise BadInput(dict.fromkeys(every))

@@ -47,10 +47,10 @@ COLUMNS = frozenset(
 """Our names of the columns of tables."""
 
 NEEDED = frozenset({"image", "images", "question", "answer", "conversations", "messages"})
-"""Our names of the columns without which there is no question."""
+"""Our names of the columns that a question must have."""
 
 SEVERAL = frozenset({"image", "choices"})
-"""Those of them that may stand for several columns of a table."""
+"""Our names that may stand for several columns of a table."""
 
 _TURNS = COLUMNS - {"question", "answer", "box", "boxes", "asked_box", "asked_boxes", "choices"}
 MAPPED = {
@@ -117,16 +117,16 @@ def printable(text: str, keep: str = "") -> str:
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000
-"""Bytes of a file's name, and of a path with room for the names of files in it, on Linux and macOS."""
+"""Most bytes of a file's name, and of a folder's path that leaves room for files, on Linux and macOS."""
 
 
 def expanded(path: str) -> str:
-    """Return a path with `~` or `~user` at its beginning and `$NAME` or `${NAME}` anywhere replaced.
+    """Return a path with a leading `~` or `~user`, and `$NAME` or `${NAME}` anywhere, replaced.
 
-    Raises ValueError for a user or a variable that there is not, and for a path longer than any on a disk.
+    Raises ValueError for an unknown user, an unset variable, and a path that is too long for a disk.
     """
     whole = path
-    if "$" in path and not _there(path):  # what is there under that very name is meant
+    if "$" in path and not _there(path):  # a file whose name has a $ is taken as it is
         if missing := [a or b for a, b in _VARIABLE.findall(path) if not os.environ.get(a or b)]:
             raise ValueError(f"${missing[0]} is not set; set that variable, or write the path out")
         whole = _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]], path)
@@ -146,7 +146,7 @@ def expanded(path: str) -> str:
 
 
 def user_path(given: str | os.PathLike[str]) -> Path:
-    """Return a path as a user gave it, see `expanded`. Raises BadInput where it can be none."""
+    """Return a path that a user gave, with `expanded`. Raises BadInput if it cannot be a path."""
     try:
         return Path(_place(os.fspath(given)))
     except ValueError as error:
@@ -154,7 +154,7 @@ def user_path(given: str | os.PathLike[str]) -> Path:
 
 
 def path_argument(text: str) -> Path:
-    """`user_path` for the arguments of a command, as argparse's `type`."""
+    """Return `user_path`, as the `type` of an argument for argparse."""
     try:
         return user_path(text)
     except BadInput as error:
@@ -162,12 +162,12 @@ def path_argument(text: str) -> Path:
 
 
 def is_override(word: str) -> bool:
-    """Return whether a word of a command is `key=value`, and no file of such a name."""
+    """Return whether a word of a command is `key=value` rather than the name of a file."""
     return "=" in word and not _there(word)
 
 
 def _there(path: str) -> bool:
-    """Return whether there is such a file or folder; not for what is too long or holds a NUL."""
+    """Return whether a file or folder exists; False for a path that is too long or holds a NUL."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):
@@ -187,15 +187,16 @@ Revision = Annotated[str, Field(pattern=r"^[\w./+@#=-]+$", max_length=_LONGEST_N
 """A branch, a tag or a commit."""
 
 COUNT = 10**9
-"""Most of anything that is counted: it has room in every library's integers, and no run comes to it."""
+"""Upper bound of all counts: it fits into every library's integers, and no real run reaches it."""
 SEED = 2**63 - 1
 Stage = Annotated[int, Field(ge=-COUNT, le=COUNT)]
 RATE = 1e37
-"""The largest learning rate whose first AdamW step, ten times as long, is still a number in fp32."""
+"""Largest learning rate: AdamW's first step, up to ten times as long, is then still finite in fp32."""
 
 
 def _number_or(value: object, least: int, *words: str) -> object:
-    """The value, if it is one of the words or a whole number from `least` to COUNT."""
+    """Return one of the words, or a whole number from `least` to COUNT. Raises ValueError for other
+    values."""
     if value in words or (type(value) is int and least <= value <= COUNT):
         return value
     raise ValueError(
@@ -227,14 +228,15 @@ class Model(_Section):
     name: Place = Field(min_length=1)
     """Hub id, local folder, or `tiny-qwen2-vl` / `tiny-qwen3-vl` (random weights, for trying things out)."""
     revision: Revision | None = None
-    """Branch, tag or commit of a hub id; `null` is its main branch. The commit that it is when a run begins
-    is recorded, and used when the run goes on or is evaluated."""
+    """Branch, tag or commit of a hub id; `null` is its main branch. A run records the commit at its start,
+    and uses it when it resumes and in its evaluations."""
     tune: Literal["lora", "full"] = "lora"
     """`lora`: adapters on a frozen language model; `full`: all of the language model."""
     adapter: Place | None = None
     """A former run, or one of its checkpoints, whose trained weights a new run begins with: its adapters, or
-    with `tune: full` its whole model. Of a run it is the best checkpoint, else the newest. `tune` must be
-    that run's, and with `lora` what is adapted; the base model must hold the same; all else begins anew."""
+    with `tune: full` its whole model. Of a run it is the best checkpoint, else the newest. `tune`, with
+    `lora` what is adapted, and the content of the base model must be those of that run; all else begins
+    anew."""
     train_vision: bool = False
     """Train the vision tower too (without its mergers)."""
     train_merger: bool = False
@@ -284,11 +286,11 @@ class Source(_Section):
     """Further folders in which images may be; without any they must be inside the data's own folder."""
     columns: dict[str, str | list[str] | None] = {}
     """Our name of a column → the data's own, such as `{image: img_path, answer: label}`, for tables, hub data
-    sets and conversations; a column that is not here has our name. null: there is no such column, and one of
-    that name is ignored. `image` and `choices` of tables may be a list of columns."""
+    sets and conversations; a column that is not here has our name. null: the data has no such column, and a
+    column with our name is ignored. `image` and `choices` of tables may be a list of columns."""
     list_answers: Literal["join", "alternatives"] | None = None
-    """What an answer is that the data has as a list: `join`: all of it, joined with `; `; `alternatives`: one
-    of several right answers, of which the first is trained on; null: alternatives, with a warning."""
+    """How an answer that is a list is used. `join`: its items, joined with `; `, are the answer.
+    `alternatives`: each item is right, and the first is trained on. null: alternatives, with a warning."""
     group_pattern: str | None = None
     """Regular expression for the path of an image: what its parentheses match, joined by `/`, is the group of
     a row that has none, such as `(case_\\d+)`. For the formats that take `columns`."""
@@ -297,8 +299,8 @@ class Source(_Section):
     a hub data set: which subset."""
     boxes: Literal["auto", "pixels", "thousand", "share"] = "auto"
     """Unit of boxes in texts, columns and `objects`, for the formats that take `columns`: `pixels` of the
-    image, `thousand` (0 to 1000 along each side) or `share` (0 to 1). `auto`: numbers up to 1 are shares; of
-    columns and `objects` others are pixels; of texts others are what the data proves, else it is an error."""
+    image, `thousand` (0 to 1000 along each side) or `share` (0 to 1). `auto`: numbers up to 1 are shares.
+    Other numbers are pixels in columns and `objects`; in texts the data must prove their unit."""
     frames: int | None = Field(None, ge=1, le=COUNT)
     """Most frames of a clip, evenly chosen, for formats with clips; null: all."""
 
@@ -376,8 +378,8 @@ class Data(Source):
 
 class Prompt(_Section):
     system: str | None = None
-    """System message; null leaves what the model's own chat template puts there: `You are a helpful
-    assistant.` in Qwen2-VL's, none in Qwen3-VL's."""
+    """System message. null: that of the model's own chat template, which is `You are a helpful assistant.`
+    for Qwen2-VL and none for Qwen3-VL."""
     instructions: dict[str, str] = {}
     """Question type → text put after the question, on a line of its own."""
 
@@ -508,8 +510,8 @@ class Eval(_Section):
     """`generate`: the model writes its answer; `labels`: it chooses the most probable of its question type's
     closed set, and predictions.jsonl gets the probability of each."""
     max_new_tokens: int = Field(64, ge=1, le=100_000)
-    """Longest answer, in tokens with its end of turn (for `answers: generate`). Longer ones are cut, and
-    marked; `surgvqa check` and training warn of right answers that do not fit."""
+    """Longest answer, in tokens with its end of turn (for `answers: generate`). Longer ones are cut and
+    marked. `surgvqa check` and training warn of right answers that do not fit."""
     cascade: Literal["none", "answers", "references"] = "none"
     """Answer stage by stage, and put the earlier stages' questions about the same image ahead of each
     question, with the `answers` that the model gave or with their `references`."""
@@ -702,14 +704,14 @@ def _source_contradictions(source: Source, where: str) -> Iterator[str]:
 
 
 def _wrong_columns(source: Source, where: str) -> Iterator[str]:
-    """What is wrong with the names of the data's columns."""
+    """Yield the errors in `columns`."""
     for ours, theirs in source.columns.items():
         place = f"{where}.columns.{ours}"
         names = theirs if isinstance(theirs, list) else [theirs or ""]
         if theirs is None and ours in NEEDED:
             yield f"{place}: is null, but format {source.format} needs it; give the data's name of it"
         elif theirs is not None and not all(name.strip() for name in names or [""]):
-            yield (f"{place}: is empty; give the data's name of that column, null for none, or leave it out")
+            yield f"{place}: is empty; give the data's name of that column, null for none, or leave it out"
         elif isinstance(theirs, list) and (ours not in SEVERAL or source.format in ("llava", "messages")):
             yield f"{place}: is a list; only image and choices of tables may be several columns"
         elif len(set(names)) < len(names):

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 TRAINER = "trainer"
-"""Folder in a checkpoint for what only surgvqa reads. Beside it lies what PEFT, transformers and vLLM expect,
-and nothing else: vLLM loads every *.safetensors at the top of a model folder."""
+"""Folder in a checkpoint for the files that only surgvqa reads. Beside it are only files that PEFT,
+transformers and vLLM expect, since vLLM loads every *.safetensors at the top of a model folder."""
 MANIFEST, STATE = f"{TRAINER}/manifest.json", f"{TRAINER}/state.json"
 RECIPE, OPTIMIZER = f"{TRAINER}/recipe.yaml", f"{TRAINER}/optimizer.safetensors"
 
@@ -165,7 +165,7 @@ def _met(row: Prediction) -> str:
 
 @file_errors()
 def load_run(folder: str | Path) -> Run:
-    """Read a run's folder. Raises BadInput where it is none, or may not be read."""
+    """Read a run's folder. Raises BadInput if it is no run or cannot be read."""
     folder = recipe.user_path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise BadInput(f"{folder}: no recipe.yaml here; give the output folder of a run")

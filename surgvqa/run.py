@@ -43,7 +43,7 @@ RECORDS = (METRICS, EVALUATIONS, CHECKPOINTS, TRACE, UNUSUAL, STARTS)
 """Files with a line per step, evaluation, checkpoint or start."""
 
 RECENT = 50
-"""So many of the last gradient norms are what a step's own is compared with."""
+"""Number of the last gradient norms with which a step's own is compared."""
 
 CHANGES = "changes.jsonl"
 
@@ -83,7 +83,7 @@ class Resume:
     settled: bool
     """Whether the evaluation that was due at this step was made."""
     postponed: int
-    """How many steps before this one were skipped, so that what was due at them is due now."""
+    """Number of skipped steps right before this one. What was due at them is due now."""
     norms: list[float]
     """The gradient norms of the last RECENT steps that had a finite one."""
     adapter: dict[str, str] | None
@@ -168,10 +168,10 @@ def _foreign(run: Path) -> list[str]:
 
 @contextlib.contextmanager
 def owned(run: Path, accelerator: Accelerator, stop: Stop) -> Iterator[list[str]]:
-    """Hold the run's folder, and leave in it how the run ended: in the words put into what this gives.
+    """Hold the run's lock; on exit write how the run ended to ended.json.
 
-    A run that was done stays so where a start of it is refused. Where `stop` has to end the process itself,
-    the same is left.
+    Yields a list: the texts that the caller adds to it are the reason that is written. A run that is done
+    stays so when a later start of it is refused. If `stop` has to end the process, it writes the same.
     """
     locks: list[Lock] = []
     before = json_of(run / ENDED)
@@ -255,8 +255,10 @@ def clear(run: Path) -> None:
 
 
 def newest_whole(run: Path) -> Path | None:
-    """Return a run's newest checkpoint that is whole; None where it has none. Raises BadInput where none of
-    them is whole."""
+    """Return a run's newest whole checkpoint; None if the run has no checkpoint.
+
+    Raises BadInput if it has some and none is whole.
+    """
     folder, rejected = checkpoint.newest(run / "checkpoints")
     for problem in rejected:
         log.warning("warning: %s", problem)
@@ -272,11 +274,11 @@ def resumable(
     accept_changes: bool = False,
     judged: Mapping[str, str] | None = None,
 ) -> Resume:
-    """Return where a run goes on from a checkpoint of its own. Raises BadInput where that is another
-    experiment's; `prepare.resolve_model` compares the base model.
+    """Return where a run resumes from its checkpoint. Raises BadInput if recipe or data have changed.
 
-    With `accept_changes` it goes on all the same, unless other weights would train. `judged` is what
-    evaluations will be judged by: scores by anything else are forgotten.
+    With `accept_changes` it resumes all the same, unless other weights would train. `judged` says by what
+    evaluations are judged: scores by anything else do not count. `prepare.resolve_model` compares the base
+    model.
     """
     root, run = folder.parent, folder.parent.parent
     state = _state(folder)
@@ -350,7 +352,7 @@ def first_weights(settings: Recipe) -> Path | None:
             folder = checkpoint.chosen(given)
         except BadInput as error:
             raise BadInput(f"model.adapter: {problem}" for problem in error.problems) from None
-        if not _finished(given):
+        if json_of(given / ENDED).get("code") != 0:
             log.warning(
                 "warning: model.adapter: %s has not finished; beginning with its %s", given, folder.name
             )
@@ -382,13 +384,6 @@ def identity(folder: Path) -> dict[str, str]:
     """A checkpoint's place, and the digest of its manifest, which has those of all its files."""
     digest = hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()
     return {"checkpoint": str(folder), "manifest": f"sha256:{digest}"}
-
-
-def _finished(run: Path) -> bool:
-    try:
-        return bool(json.loads((run / ENDED).read_text(encoding="utf-8"))["code"] == 0)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def _data_difference(old: Mapping[str, str | int], new: Mapping[str, str | int]) -> str:
@@ -570,7 +565,7 @@ def _whole(file: Path, up_to: int) -> list[str]:
 
 
 def _finite(value: object) -> float | None:
-    """Return the finite number that a record holds; None for anything else."""
+    """Return a value of a record if it is a finite number; else None."""
     try:
         return float(value) if type(value) in (int, float) and math.isfinite(value) else None  # type: ignore
     except OverflowError:

@@ -42,19 +42,19 @@ _FLAT = 16
 """Images whose grey values span less than this have no structure to compare."""
 
 _SIDE = 32
-"""Rows and columns of the thumbnails by which pictures are compared."""
+"""Rows, and columns, of the thumbnails that `alike` compares."""
 
 _BRIGHT = 228
-"""Grey values from here on may be cut off in a copy that is a tenth brighter (255 / 1.1 = 232)."""
+"""Grey values from which on a copy that is a tenth brighter may be saturated (255 / 1.1 = 232)."""
 
 _CUT = 3
-"""A cell of a thumbnail in which over 3 of 255 of the area is so bright is not compared."""
+"""A cell of a thumbnail is not compared if more than 3 / 255 of its area reach _BRIGHT."""
 
 _FEWEST = 16
-"""Cells to compare: with fewer two pictures count as different."""
+"""Fewest cells to compare: with fewer, two pictures count as different."""
 
 DIFFERENT = 12
-"""Grey levels of 255 by which the same picture differs at most in a cell of its thumbnail.
+"""Largest difference, in grey levels of 255, between a cell of a thumbnail and that of its copy.
 
 Measured on 105 pictures of surgical data sets and 30 scenes of the demo. Copies differ by at most 8.5 in
 their worst cell: as JPEG of quality 30, of half, three quarters or a square size, 10 % brighter or darker,
@@ -62,7 +62,7 @@ and of half size, 10 % brighter or darker, as JPEG. Of 25 pairs of other picture
 one video, the closest differ by 15.7, the next by 33."""
 
 LOOKED_AT = 4000
-"""Thumbnails that are made at most in one audit; those of before are remembered."""
+"""Most thumbnails that one audit makes; it also uses those that earlier ones made."""
 
 _SAVED_EVERY_S = 20
 
@@ -89,7 +89,7 @@ class ImageFacts:
     """Perceptual hash of 64 bits as hexadecimal digits, "" of an image without structure; None where the
     library was not there."""
     thumbnail: str | None = None
-    """What `alike` compares, as base64: grey values, and which of them are too bright; None until needed."""
+    """Thumbnail for `alike` as base64: grey values, then one bit per cell to compare; None until made."""
 
     @property
     def border(self) -> float | None:
@@ -238,10 +238,10 @@ def near(
 def alike(
     pairs: Sequence[tuple[ImageRef, ImageRef]], facts: Mapping[str, ImageFacts], most: int = LOOKED_AT
 ) -> list[bool | None]:
-    """Return for each pair of images whether their pixels are those of one picture; None if not looked at.
+    """Return for each pair of images whether their pixels are those of one picture; None if not compared.
 
-    Only the images of `pairs` are decoded, in parallel, and their thumbnails are remembered. At most `most`
-    are made, of the first pairs: where a video has thousands of frames alike, each call looks at some more.
+    Decodes images of `pairs` in parallel and remembers their thumbnails. Makes at most `most` of them, for
+    the first pairs: if a video has thousands of similar frames, each call compares some more.
     """
     memory = _Memory()
     grids: dict[str, _Grid] = {}
@@ -267,7 +267,7 @@ def alike(
 
 
 _Grid = tuple[NDArray[np.float64], NDArray[np.bool_]]
-"""Grey values of a thumbnail, and which of its cells are not too bright; (cells,) each."""
+"""(cells,) grey values of a thumbnail, and (cells,) whether to compare each."""
 
 
 def _thumbnail(ref: ImageRef) -> str | None:

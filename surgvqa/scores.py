@@ -48,8 +48,8 @@ CLASSES = (
 )
 
 SCALES = {"exact": (0.0, 1.0), "prior": (0.0, 1.0), "above_prior": (-1.0, 1.0)}
-"""Shares of questions and their difference: the ends of their scales, by which they have an interval also
-where every group has the same value."""
+"""Name → ends of the scale, for shares of questions and their difference. With these they have an interval
+even if every group has the same value."""
 
 Rows = NDArray[np.intp]
 
@@ -499,10 +499,10 @@ def _valued(tallies: Sequence[Tally], samples: Mapping[int, Array], groups: int)
 
 
 def bounds(name: str, value: float | None, groups: int) -> tuple[float, float] | None:
-    """Return the interval of a score that no resample changes, from the number of groups alone.
+    """Return the interval of a score with the same value in every group; None if there is none.
 
-    None where the value is not at 0 or at an end of the scale of a share, so that groups may differ after all
-    (a single one has no resamples), and for other scores.
+    There is one for a score of SCALES with a value of 0 or at an end of its scale. Any other value may come
+    from a single group, which has no resamples.
     """
     if name not in SCALES or value not in (0, *SCALES[name]):
         return None
@@ -548,7 +548,7 @@ MARKS = {
 
 
 def marks(few: bool, few_groups: bool, cut: int = 0) -> str:
-    """Return what stands behind a number of questions, see MARKS; `cut` counts answers that were cut."""
+    """Return the marks to put behind a number of questions, see MARKS; `cut` is how many answers were cut."""
     return "*" * few + "†" * few_groups + "‡" * bool(cut)
 
 

@@ -124,7 +124,7 @@ class ChatTokens:
             False: structural,
             True: structural - frozenset(self.tokenizer.convert_tokens_to_ids(list(grounding.TOKENS))),
         }
-        """Boxes wanted or not → tokens that are left out of answers."""
+        """Whether to keep the tokens of boxes → tokens to remove from answers."""
         root, cut, branch = whole.rpartition("<|vision_end|>")
         self._root_text = root + cut
         self._before, found, rest = branch.partition(_QUESTION)
@@ -208,7 +208,7 @@ class ChatTokens:
     ) -> list[Branch]:
         """One branch for each example, answering `answers[0]`; boxes are those on `canvases` (image key).
 
-        `progress` shows how many of the different questions are done.
+        With `progress` it shows how many of the distinct questions are done.
 
         Raises BadInput listing every example that holds a special token, or naming the first that cannot
         be cut from its conversation.
@@ -227,7 +227,7 @@ class ChatTokens:
         first: dict[tuple[str, str], Example] = {}
         number: dict[tuple[str, str], int] = {}
         asked = array("q")
-        """(examples,) the number of each one's pair of question and answer."""
+        """(examples,) the number of each example's pair of question and answer."""
         for example in examples:
             pair = self.question_text(example, canvases), self.answer_text(example, canvases)
             first.setdefault(pair, example)
@@ -317,9 +317,9 @@ class ChatTokens:
         return np.asarray(processed["pixel_values"], np.float32)
 
     def text(self, ids: Sequence[int], *, boxes: bool = False) -> str:
-        """Return generated ids as an answer, without structural tokens but, with `boxes`, those around boxes.
+        """Return generated ids as an answer, without structural tokens; with `boxes` keep those of boxes.
 
-        Other added tokens stay, whatever the tokenizer's flag says: `<think>`, or one of the user's own.
+        Other added tokens stay even if the tokenizer flags them as special: `<think>`, or a user's own.
         """
         left = [token for token in ids if token not in self._unspoken[boxes]]
         return str(self.tokenizer.decode(left, skip_special_tokens=False)).strip()
@@ -332,7 +332,7 @@ class ChatTokens:
         return " ".join(text.split())
 
     def lengths(self, texts: Iterable[str]) -> dict[str, int]:
-        """Return how many tokens each text has, without those of the conversation around it."""
+        """Return text → number of its tokens, without those of the conversation around it."""
         distinct = list(dict.fromkeys(texts))
         counted: dict[str, int] = {}
         for start in range(0, len(distinct), _PAIRS):

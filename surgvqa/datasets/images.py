@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 from surgvqa.datasets import ImageRef
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".tif", ".tiff", ".webp")
-"""What is tried behind a name that has no suffix, such as an image's id."""
+"""Suffixes that are tried for a name without one, such as an image's id."""
 
 
 def leading_out(files: Iterable[Path], folder: Path, roots: Sequence[str] = ()) -> list[str]:
@@ -46,8 +46,8 @@ class Images:
         """The regular file `name`, really inside one of the folders; its key is its path in there.
 
         A relative name is looked for in one folder after the other; the keys of those in `roots` begin with
-        that folder's name. A name that no file has may lack its suffix, where one file alone has it with
-        one. Raises ValueError with what is wrong, to be put after the name.
+        that folder's name. A name may lack its suffix if exactly one file has it with one. Raises ValueError
+        with what is wrong, to follow the name in a message.
         """
         if name not in self._known:
             try:
@@ -94,7 +94,7 @@ class Images:
         return found
 
     def _resolved(self, root: Path, name: str) -> Path:
-        """Return `(root / name).resolve()`; of many files in one folder that folder is resolved once."""
+        """Return `(root / name).resolve()`, but resolve a folder of many files only once."""
         folder, base = os.path.split(name)
         if base in ("", ".", "..") or (root / name).is_symlink():
             return (root / name).resolve()
@@ -107,7 +107,7 @@ class Images:
         return f"{where}; list a folder around it in data.roots if that is meant"
 
     def _with_suffix(self, name: str) -> str:
-        """Return the name that is a file's: `name`, or with a suffix where only one is. Raises ValueError."""
+        """Return `name`, with its suffix if it lacks one. Raises ValueError if several files fit."""
         if Path(name).suffix.lower() in _SUFFIXES or not re.fullmatch(r"[^\0:\\]{1,200}", name):
             return name
         try:

@@ -20,7 +20,7 @@ def cached(name: str, *code: Path) -> Path:
 
 
 def cache_root() -> Path:
-    """Return the folder that holds all that `cached` names; a temporary one for a user without a home."""
+    """Return the folder of the cache; a temporary folder for a user without a home."""
     if given := os.environ.get("SURGVQA_CACHE"):
         return Path(given)
     try:

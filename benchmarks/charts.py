@@ -290,8 +290,8 @@ def _start_table(rows: Sequence[Mapping[str, Any]]) -> str:
             "|---|---|--:|--:|",
         ]
         lines += [
-            f"| {row['what'].partition(' to ')[0]}{row['what'].partition('1')[2]}, after "
-            f"{row['signal_after']:.0f} s | {row['code']} | {row['seconds']:.1f} | {row['load']:.1f} |"
+            f"| {row['what'].replace(' to step 1', '')}, after {row['signal_after']:.0f} s "
+            f"| {row['code']} | {row['seconds']:.1f} | {row['load']:.1f} |"
             for row in signals
         ]
     return "\n".join(lines)

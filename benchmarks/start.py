@@ -1,7 +1,9 @@
-"""What a start on much data costs: `python -m benchmarks.start` makes a million questions on 25,000 small
-JPEG files and runs surgvqa's commands on them as a user does: `check` with an empty and a full image cache,
-`train` on one process and on two up to its first step, and `report` on the 100,000 questions of the test
-split. Then it sends SIGTERM at some moments of a start and measures how long the processes live on.
+"""Measure what a start on a million questions costs: seconds, memory, and how fast a signal ends it.
+
+`python -m benchmarks.start` makes the questions on 25,000 small JPEG files and runs surgvqa's commands on
+them as a user does: `check` with an empty and a full image cache, `train` on one process and on two up to its
+first step, and `report` on the 100,000 questions of the test split. Then it sends SIGTERM at some moments
+of a start and measures how long the processes live on.
 
     git worktree add /tmp/before COMMIT
     python -m benchmarks.start --code before=/tmp/before --code after=.
@@ -113,7 +115,7 @@ def _answer(folder: Path) -> None:
 
 @dataclass
 class Usage:
-    """What a command and all processes below it have used so far."""
+    """Resources that a command and all its processes have used so far."""
 
     seconds: float = 0
     cpu: dict[int, float] = field(default_factory=dict)
@@ -123,7 +125,7 @@ class Usage:
 
 
 class Command:
-    """A running command, with what its processes use; they are found by a variable of their environment."""
+    """A running command and the usage of its processes, which a variable in their environment marks."""
 
     def __init__(self, code: Path, words: Sequence[str], folder: Path, cache: Path) -> None:
         environment = {**os.environ, "SURGVQA_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
@@ -138,7 +140,7 @@ class Command:
             )
 
     def alive(self) -> list[int]:
-        """The processes that still live, those that a launcher started included."""
+        """Return the ids of the processes that still live, with those that a launcher started."""
         found = []
         for file in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -159,7 +161,7 @@ class Command:
         return self.usage
 
     def end(self) -> None:
-        """Kill whatever is left of it."""
+        """Kill the processes that are left."""
         while left := self.alive():
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
@@ -181,7 +183,7 @@ class Command:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third on, as in proc(5); none where the process is gone."""
+    """Return the fields of /proc/PID/stat from the third on, as in proc(5); [] if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

@@ -328,6 +328,7 @@ def resolve_model(recipe: Recipe, trained: Path | None = None, accept_changes: b
         )
     if was.tune == "full":
         return Resolved(hub.saved(trained, name, revision), now, changes)
+    hub.check_processor(found)
     return Resolved(found, now, changes)
 
 

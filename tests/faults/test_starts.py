@@ -307,8 +307,9 @@ datasets.load = other
     [
         ("found = replace(found, examples=found.examples[1:])", "reads other questions in"),
         ("raise datasets.BadInput('data.path: no such file')", "data.path: no such file"),
+        ("from surgvqa import hub; hub.TINY_MODELS = {}", "tiny-qwen3-vl: not in the local cache"),
     ],
-    ids=["other rows", "no file"],  # of its own node
+    ids=["other rows", "no file", "no model"],  # of its own node
 )
 def test_other_files_on_another_node_are_refused_by_all(hurt: Make, change: str, message: str) -> None:
     run = hurt("other-files")

@@ -94,7 +94,13 @@ def test_the_last_steps_are_skipped(hurt: Make) -> None:
 
 
 @pytest.mark.fault("F29")
-@pytest.mark.parametrize("most", [40, 8], ids=["a streak", "the run's end"])
+@pytest.mark.parametrize(
+    "most",
+    [
+        pytest.param(40, id="a streak"),
+        pytest.param(8, id="the run's end", marks=pytest.mark.long),
+    ],
+)
 def test_absurd_weights_are_not_gone_on_from(hurt: Make, most: int) -> None:
     run = Skipping(hurt(f"absurd-two-{most}"))
     assert run("train.max_steps=6", "checkpoint.every=1") == 0, run.run.log
@@ -102,4 +108,4 @@ def test_absurd_weights_are_not_gone_on_from(hurt: Make, most: int) -> None:
     assert run(*absurd) == 5, run.run.log
     assert run.names() == ["diverged-step-000007", "step-000006"]
     assert re.search(r"The last good checkpoint: \S*step-000006\.", run.run.log)
-    assert not re.search("traceback", run.run.log.partition("torch/distributed")[0], re.IGNORECASE)
+    assert 'surgvqa/train.py", line' not in run.run.log  # in a traceback

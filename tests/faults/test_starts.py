@@ -227,6 +227,7 @@ def test_commands_that_are_busy_in_c_say_why_they_end(
         assert process.stdout
         while "in C" not in process.stdout.readline():
             assert process.poll() is None
+        time.sleep(1)  # it says so just before it is
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=WITHIN + BUSY)
     assert process.returncode == code

@@ -7,6 +7,7 @@ Files are read in pieces, so that their size is no matter, and a row that cannot
 
 from __future__ import annotations
 
+import ast
 import csv
 import glob
 import hashlib
@@ -108,6 +109,28 @@ def kind_of(value: object) -> str:
     names = {bool: "true or false", list: "a list", dict: "an object", bytes: "bytes", str: "text"}
     names |= {int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+_STRING = re.compile(r"""('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")(\s*(?=['"]))?""")
+"""A string as Python prints it, and what is before another one that no comma parts from it."""
+
+
+def held_in(text: str) -> list[Any] | dict[str, Any] | None:
+    """Return the list or object that a text holds as JSON, or as Python or NumPy print it; None for others.
+
+    NumPy prints `['knife' 'hook']`, without commas.
+    """
+    for parse, form in (
+        (json.loads, text),
+        (ast.literal_eval, _STRING.sub(lambda found: found[1] + "," * (found[2] is not None), text)),
+    ):
+        try:
+            value = parse(form)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, (list, dict)):
+            return value
+    return None
 
 
 class _Decoder(json.JSONDecoder):

@@ -67,7 +67,7 @@ def rows_of(
             return
         yield from table_rows(table, str(file), needed, wanted, image)
     elif suffix in (".csv", ".tsv"):
-        yield from csv_rows(file, needed)
+        yield from csv_rows(file, needed, wanted)
     else:
         yield from json_rows(file) if suffix == ".json" else jsonl_rows(file)
 
@@ -378,9 +378,12 @@ def _separator(lines: TextIO, file: Path, columns: Sequence[str]) -> str:
     return next((mark for mark, right in held.items() if right), ",")
 
 
-def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer")) -> Iterator[Row | Problem]:
+def csv_rows(
+    file: Path, columns: Sequence[str] = ("image", "question", "answer"), wanted: Sequence[str] = ()
+) -> Iterator[Row | Problem]:
     """Yield the records of a UTF-8 file whose first one names at least `columns`.
 
+    None of these, nor of those `wanted`, may be named twice.
     Fields are separated by tabs in .tsv, else by what separates those names: `,`, `;`, a tab or `|`.
     """
     try:
@@ -411,7 +414,7 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
                 values = []
             if header is None:
                 header = [name.strip() for name in values]
-                if wrong := _wrong_header(header, columns):
+                if wrong := _wrong_header(header, columns, wanted):
                     yield Problem(place, wrong, whole=True)
                     return
             elif values:
@@ -425,11 +428,11 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
                     yield Problem(place, what, whole=many)
 
 
-def _wrong_header(header: Sequence[str], columns: Sequence[str]) -> str:
+def _wrong_header(header: Sequence[str], columns: Sequence[str], wanted: Sequence[str]) -> str:
     """Return what is wrong with the names of a CSV file's columns, "" if nothing is."""
     if missing := [name for name in columns if name not in header]:
         return f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}"
-    if twice := sorted({name for name in columns if header.count(name) > 1}):
+    if twice := sorted({name for name in header if header.count(name) > 1}.intersection([*columns, *wanted])):
         return f"has the columns {', '.join(twice)} more than once"
     return ""
 

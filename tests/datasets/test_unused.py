@@ -543,6 +543,13 @@ def test_other_separators_and_objects_of_objects(folder: Path, name: str, text: 
     assert dataset.examples[0].id == ("7" if name == "q.json" else "q:1")
 
 
+def test_a_used_column_that_is_there_twice(folder: Path) -> None:
+    for name, said in (("split", True), ("options", True), ("note", False)):
+        (folder / "q.csv").write_text(f"image,question,answer,{name},{name}\na.png,Q,no,,\n")
+        found = errors(load("csv", folder / "q.csv", **SPLIT))
+        assert any(f"has the columns {name} more than once" in each for each in found) == said
+
+
 def test_an_object_of_objects_that_is_broken(folder: Path) -> None:
     good = json.dumps(row())
     for text, count, said in (

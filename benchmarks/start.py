@@ -123,11 +123,13 @@ class Usage:
 
 
 class Command:
-    """A running command in a session of its own, with what its processes use."""
+    """A running command, with what its processes use; they are found by a variable of their environment."""
 
     def __init__(self, code: Path, words: Sequence[str], folder: Path, cache: Path) -> None:
         environment = {**os.environ, "SURGVQA_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
         environment |= {"PYTHONPATH": str(code.resolve()), "PYTHONUNBUFFERED": "1", "ACCELERATE_USE_CPU": "1"}
+        self.mark = f"SURGVQA_MEASURED={folder.name}"
+        environment |= {"SURGVQA_MEASURED": folder.name}
         self.log = folder / "log.txt"
         self.began, self.usage = time.perf_counter(), Usage()
         with self.log.open("wb") as log:
@@ -136,12 +138,14 @@ class Command:
             )
 
     def alive(self) -> list[int]:
-        """The processes of its session that still live."""
+        """The processes that still live, those that a launcher started included."""
         found = []
-        for entry in Path("/proc").iterdir():
-            fields = _stat(int(entry.name)) if entry.name.isdecimal() else []
-            if fields and fields[0] != "Z" and int(fields[3]) == self.process.pid:
-                found.append(int(entry.name))
+        for file in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark.encode() in file.read_bytes().split(b"\0"):  # empty of a process that has ended
+                    found.append(int(file.parent.name))
+            except OSError:
+                continue
         return found
 
     def watch(self, until: str = "", seconds: float = PATIENCE) -> Usage:

@@ -114,7 +114,8 @@ class _Told:
             self.seen.update(dict.fromkeys(row.fields))
         if row.unread and row.unread[0] not in self.seen:
             self.seen.update(dict.fromkeys(row.unread))
-        self.choices.update(fields.chosen_from)
+        if fields.chosen_from:
+            self.choices.update(fields.chosen_from)
         if not fields.wrong:
             self.several += fields.several
             for name, marks in fields.marks.items():

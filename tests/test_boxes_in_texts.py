@@ -229,6 +229,19 @@ def test_an_answer_among_words_is_no_other_where_boxes_follow() -> None:
             assert parse_answer(answer, in_place=True) == parse_answer(answer)
 
 
+def test_of_a_hub_data_set_brackets_are_noticed(tmp_path: Path, hub_cache: None) -> None:
+    """Its variant is a subset, which says nothing of boxes."""
+    import datasets as library
+    from sources import PIXEL, load
+
+    (tmp_path / "a.png").write_bytes(PIXEL)
+    rows = [{"image": "a.png", "question": "Where?", "answer": text} for text in ("[10, 20, 300, 400]", "no")]
+    library.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    dataset = load("hub", tmp_path, by="image", split={"val": 0, "test": 0})
+    assert [example.doubtful for example in dataset.examples] == ["[10, 20, 300, 400]", ""]
+    assert [example.regions for example in dataset.examples] == [(), ()]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -153,9 +153,10 @@ def examples(
             continue
         fields = Fields(row.fields, source.columns)
         example = fields.example(row, stem, part, images, source)
-        if source.format != "hub" and not fields.wrong:  # whose variant is a subset
+        if not fields.wrong:
+            variant = None if source.format == "hub" else source.variant  # there it is a subset
             try:
-                example = boxes.read(example, source.variant, source.boxes, default="text")
+                example = boxes.read(example, variant, source.boxes, default="text")
             except ValueError as error:
                 fields.wrong.append(f"its text has the box {error}")
         told.add(row, fields)

@@ -523,7 +523,10 @@ def _boxes_left(dataset: Dataset, moved: Callable[[Example], bool]) -> Iterator[
                 "polygons and boxes that are to stay text need image.mode: native without crop and augment"
             )
         else:
-            cure = "if it is a box, set data.variant: boxes and data.boxes, else data.variant: marked"
+            cure = (
+                "if it is a box, set data.variant: boxes and data.boxes, else data.variant: marked "
+                "(for format hub, whose variants are subsets, on a copy in Parquet)"
+            )
         yield example.id, Problem(example.place, f"{what}; {cure}", images=(example.images[0].key,))
 
 

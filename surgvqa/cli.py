@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import surgvqa
 from surgvqa import recipe
@@ -43,14 +44,17 @@ def check(argv: Sequence[str]) -> int:
     names = [Path(file).stem for file in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         parser.error(f"{', '.join(twice)}: several recipes of that name would write the same files")
+
+    def leave(said: str) -> NoReturn:
+        print(said, file=sys.stderr)
+        leave_now(128 + signal.Signals.__members__.get(stop.reason or "", signal.SIGTERM))  # as shells do
+
     try:
         with Stop(start="stopped ({reason}); the images that were looked at are remembered") as stop:
+            stop.last_words = leave
             return max(_check(file, overrides, given.out, given.headers) for file in files)
     except Stopped as error:
-        print(error, file=sys.stderr)
-        leave_now(
-            128 + signal.Signals.__members__.get(stop.reason or "", signal.SIGTERM)
-        )  # as shells tell it
+        leave(str(error))
 
 
 def _check(file: str, overrides: Sequence[str], out: Path, headers: bool) -> int:

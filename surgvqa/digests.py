@@ -100,7 +100,7 @@ def differences(before: Digests, now: Digests, kept: Path, folder: Folder) -> li
         with contextlib.suppress(BadInput, KeyError):
             old = values[part](kept)
             if _sha256_of(old) == was:
-                said = _value_difference(old, values[part](folder.path))
+                said = _value_difference(old, values[part](folder.path)) or said  # 1 and 1.0, or null
         lines.append(f"{part.replace('_', ' ')}: {said}")
     return lines
 
@@ -110,7 +110,8 @@ def _value_difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         return "; ".join(f"{key} {_short(old.get(key))} → {_short(new.get(key))}" for key in keys)
-    pairs = itertools.zip_longest(str(old).splitlines(), str(new).splitlines(), fillvalue="")
+    texts = (str(text).splitlines(keepends=True) for text in (old, new))  # a last line may lack its end alone
+    pairs = itertools.zip_longest(*texts, fillvalue="")
     number, (line, other) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
     both = zip(line, other, strict=False)
     start = next((n for n, (a, b) in enumerate(both) if a != b), min(len(line), len(other)))

@@ -177,8 +177,8 @@ class Stop:
         self.spread: Callable[[str], object] = _ignored
         """Called with the reason when this process is asked to stop during its start, to tell the others."""
         self.last_words: Callable[[str], object] = _ignored
-        """Called with the message before the second thread ends the process, to record that."""
-        self._raised = False
+        """Records the end of a process that its thread ends; gets the text to say."""
+        self._raised = self._meeting = False
         self._main = threading.main_thread()
         self.reason: str | None = None
         self.since = 0.0
@@ -210,6 +210,24 @@ class Stop:
             self.obeyed()
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def start_together(self, meet: Callable[[], object]) -> None:
+        """Call `meet`, which waits for all processes, and then `started`.
+
+        A process that is asked to stop while it waits goes on once all have come: the others, which start
+        before they hear of it, would wait for it. Raises Stopped where one of them has left.
+        """
+        self._meeting = True
+        try:
+            meet()
+            self.started()
+        except RuntimeError:
+            if self.reason is None:
+                raise
+            self._raised = True
+            raise Stopped(self.start.format(reason=self.reason)) from None
+        finally:
+            self._meeting = False
 
     def started(self) -> None:
         """End the start: from here on a signal only sets the flag."""
@@ -267,10 +285,10 @@ class Stop:
         if number == signal.SIGHUP:
             _print_nowhere()
         if self.start:
-            if not self._raised:
+            if self.reason is None:
+                self.reason, self.since = signal.Signals(number).name, time.monotonic()
+            if not (self._raised or self._meeting):
                 self._raised = True
-                if self.reason is None:
-                    self.reason, self.since = signal.Signals(number).name, time.monotonic()
                 raise Stopped(self.start.format(reason=self.reason))
         elif self.reason is None:
             self.reason, self.since = signal.Signals(number).name, time.monotonic()

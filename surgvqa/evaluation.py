@@ -438,6 +438,8 @@ def _evaluated(
     accept_changes: bool,
 ) -> list[dict[str, Any]]:
     main, settings = accelerator.is_main_process, source.settings
+    if stop is not None and main:
+        stop.last_words = log.error
     compute = processes.compute(settings.train.precision, settings.model.attn, accelerator.device)
     part = part or settings.eval.final or "test"
     prepared = prepare(
@@ -463,8 +465,7 @@ def _evaluated(
     network = prepared.network(source.checkpoint) if source.checkpoint else prepared.published()
     network = network.to(accelerator.device)
     if stop is not None:
-        processes.anywhere(accelerator, False)  # all have come as far as this
-        stop.started()
+        stop.start_together(lambda: processes.anywhere(accelerator, False))
     return [
         examine(
             network,

@@ -103,7 +103,21 @@ def find(
         path = _download(name, revision, _SMALL_FILES, fetch)
         if path.parent.name == "snapshots" and is_commit(path.name):
             revision = path.name
-    return _checked(path, processor or path, name, revision)
+    folder = _checked(path, processor or path, name, revision)
+    if processor is None:
+        check_processor(folder)
+    return folder
+
+
+def check_processor(folder: Folder) -> None:
+    """Raise BadInput where the image processor cuts an image into other patches than the model takes."""
+    settings = image_processor(folder.processor, folder.name)
+    for key, taken in (("patch_size", folder.patch), ("merge_size", folder.merge)):
+        if (given := settings.get(key, taken)) != taken:
+            raise BadInput(
+                f"{folder.name}: {key} of the image processor in {folder.processor} is {given}, and {taken} "
+                f"in {folder.path / 'config.json'}; give the files of one model"
+            )
 
 
 def saved(folder: Path, name: str, revision: str | None) -> Folder:

@@ -330,6 +330,7 @@ def resolve_model(recipe: Recipe, trained: Path | None = None, accept_changes: b
         )
     if was.tune == "full":
         return Resolved(hub.saved(trained, name, revision), now, changes)
+    hub.check_processor(found)
     return Resolved(found, now, changes)
 
 
@@ -393,7 +394,10 @@ def prepare(
     folder = resolved.folder
     if folder.path != checkpoint:
         # The main process fetched the model's files; each process finds them on its own node.
-        folder = hub.find(folder.name, folder.revision, processor=checkpoint)
+        try:
+            folder = hub.find(folder.name, folder.revision, processor=checkpoint)
+        except BadInput as error:
+            problems.append(f"{_here(accelerator)}: {error}")
     if loaded and not main:
         loaded[0] = found.kept(loaded[0])
         if _digest(example.id for example in loaded[0].examples) != kept:

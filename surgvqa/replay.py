@@ -11,9 +11,9 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from surgvqa import checkpoint, memory, model, processes
+from surgvqa import checkpoint, digests, memory, model, processes
 from surgvqa.loss import TreeLoss
-from surgvqa.prepare import prepare
+from surgvqa.prepare import Prepared, prepare
 from surgvqa.recipe import BadInput, Recipe
 from surgvqa.run import differences, first_weights
 from surgvqa.terminal import Console
@@ -30,7 +30,8 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
     device = accelerator.device
     cuda = device.type == "cuda"
     compute = processes.compute(settings.train.precision, settings.model.attn, device)
-    folder = _before(Path(settings.output) / "checkpoints", step) if step > 0 else None
+    root = Path(settings.output) / "checkpoints"
+    folder = _before(root, step) if step > 0 else None
     begin = folder or first_weights(settings)
     prepared = prepare(settings, accelerator, progress=True, checkpoint=begin)
     questions = prepared.questions("train")
@@ -42,6 +43,8 @@ def replay(settings: Recipe, step: int, console: Console) -> tuple[float, float]
         raise BadInput(
             [f"--replay {step}: {folder} was trained otherwise:", *(f"  {change}" for change in changes)]
         )
+    if folder is None:
+        _same_base(root, prepared.identified(accelerator))
     network = prepared.network(begin).to(device).train()
     loss_of = TreeLoss(network, attn=compute.attn, autocast=compute.autocast)
     fitting = memory.fit(
@@ -93,3 +96,14 @@ def _before(root: Path, step: int) -> Path | None:
     if step == 1:
         return None
     raise BadInput(f"--replay {step}: {root} holds no whole checkpoint from before that step")
+
+
+def _same_base(root: Path, prepared: Prepared) -> None:
+    """Raise BadInput where the newest checkpoint tells of another base model; none is older than the step."""
+    folder = checkpoint.newest(root)[0]
+    if folder is None or prepared.base is None:
+        return
+    if changes := digests.differences(checkpoint.base_of(folder), prepared.base, folder, prepared.folder):
+        raise BadInput(
+            [f"{folder} was trained on another base model:", *(f"  {change}" for change in changes)]
+        )

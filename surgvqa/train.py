@@ -312,8 +312,7 @@ def _train(
         )
     )
     settled = resume.settled if resume else True
-    processes.anywhere(accelerator, False)  # wait for all processes
-    stop.started()
+    stop.start_together(lambda: processes.anywhere(accelerator, False))
     with (
         Records(run, start, total, settings.log, console, settled) as records,
         checkpoint.Writer(run / "checkpoints", settings.checkpoint.keep, records.saved) as writer,

@@ -113,6 +113,12 @@ def _jinja(base: Path) -> None:
     )
 
 
+def _end_of_line(base: Path) -> None:
+    (base / "chat_template.jinja").write_text(
+        json.loads((base / "chat_template.json").read_text())["chat_template"] + "\n"
+    )
+
+
 def _tokenizer(base: Path) -> None:
     file = base / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -125,12 +131,17 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit of the weights": (_one_weight, r"weights: model\.safetensors changed"),
     "template": (_template, r"chat template: line 1, character \d+: .* → .*You are rude"),
     "template in another file": (_jinja, r"chat template: line \d+, character \d+: \"\" → \" \""),
+    "template by its last line's end": (
+        _end_of_line,
+        r"chat template: line \d+, character \d+: \"\" → \"\\n\"",
+    ),
     "tokenizer": (_tokenizer, r"tokenizer: tokenizer\.json changed"),
     "processor": (
         lambda base: _set(base / "preprocessor_config.json", image_mean=[0.25, 0.25, 0.25]),
         r"image processor: image_mean \[.*\] → \[0\.25, 0\.25, 0\.25\]",
     ),
     "config": (lambda base: _set(base / "config.json", rms_norm_eps=0.1), r"config: rms_norm_eps .* → 0\.1"),
+    "config by a null": (lambda base: _set(base / "config.json", unheard_of=None), r"config: changed"),
 }
 
 
@@ -156,7 +167,8 @@ def test_a_changed_base_model_is_refused_with_the_difference(
     for command in commands:
         with pytest.raises(BadInput, match=rf"step-000006 was trained on a base model that .*\n?.*{said}"):
             command()
-    assert experiment.command("train", "--replay", "3") == 2
+    for step in ("1", "3"):
+        assert experiment.command("train", "--replay", step) == 2
     assert experiment.command("evaluate") == 2
     assert answers(experiment.run) == before
     assert not list(Path(second).glob("checkpoints/*"))
@@ -175,6 +187,22 @@ def test_a_changed_base_model_is_refused_with_the_difference(
             assert (kept / "step-000007" / file).read_bytes() == (kept / "step-000006" / file).read_bytes()
     # What was accepted is what the run now has: nothing is asked again.
     assert experiment.command("train", "train.max_steps=7") == 0
+
+
+@pytest.mark.fault("F32")
+def test_a_base_model_with_other_patches_is_never_accepted(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint's own image processor does not fit it."""
+    config = json.loads((experiment.base / "config.json").read_text())
+    other = make_base(*(name for name in FAMILIES if config["model_type"] not in name.replace("-", "_")),
+                      experiment.folder / "other")  # fmt: skip
+    for command in ("train", "evaluate"):
+        assert experiment.command(command, f"model.name={other}", "train.max_steps=7") == 2
+        assert "does not hold any more" in capsys.readouterr().err
+        words = (f"model.name={other}", "train.max_steps=7", "--accept-changes")
+        assert experiment.command(command, *words) == 2
+        assert "patch_size of the image processor in " in capsys.readouterr().err
 
 
 @pytest.mark.fault("F32")

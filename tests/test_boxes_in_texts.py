@@ -120,6 +120,10 @@ def test_brackets_are_boxes_where_the_recipe_says_so(unit: str) -> None:
         "points: (1) the tip, (2) the base",
         '{"points": 3}',
         "a box of 3 [mm]",
+        "bbox: 3, bounding box: 10, 20",
+        "x1: 5 of y1",
+        "steps <1><2><3>",
+        "points: [1, 2]",
     ],
 )
 def test_what_is_no_box_stays_text_without_a_word(text: str) -> None:
@@ -223,6 +227,38 @@ def test_an_answer_among_words_is_no_other_where_boxes_follow() -> None:
             boxes = [Region((1, 2, 30, 40), "polyp"), Region((5, 6, 70, 80), "hook")]
             answer = write_answer(family, text, boxes)
             assert parse_answer(answer, in_place=True) == parse_answer(answer)
+
+
+def test_of_a_hub_data_set_brackets_are_noticed(tmp_path: Path, hub_cache: None) -> None:
+    """Its variant is a subset, which says nothing of boxes."""
+    import datasets as library
+    from sources import PIXEL, load
+
+    (tmp_path / "a.png").write_bytes(PIXEL)
+    rows = [{"image": "a.png", "question": "Where?", "answer": text} for text in ("[10, 20, 300, 400]", "no")]
+    library.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    dataset = load("hub", tmp_path, by="image", split={"val": 0, "test": 0})
+    assert [example.doubtful for example in dataset.examples] == ["[10, 20, 300, 400]", ""]
+    assert [example.regions for example in dataset.examples] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"bbox_2d": ["10", "20", "300", "400"]}',
+        '{"bbox_2d": [1e1, 20, 300, 400]}',
+        "bounding box: 10, 20, 300, 400",
+        "polygon: [[10, 20], [300, 20], [300, 400]]",
+        "x1: 12, y1: 34, x2: 56, y2: 78",
+        "bbox=10,20,300,400",
+        "at {<12><34><56><78>}",
+        "<patch_index_0044><patch_index_0863>",
+    ],
+)
+def test_coordinates_that_no_reader_takes_are_noticed(text: str) -> None:
+    for variant in (None, "marked"):
+        assert replace(read(ask("Q?", text), variant, "auto"), doubtful="") == ask("Q?", text)
+    assert resembling(text)
 
 
 @pytest.mark.parametrize("piece", [*HOSTILE, "<ref>", "a[", "a[1,2,3,", '{"bbox": [[', "(1,2),("])

@@ -56,10 +56,15 @@ _IN_BRACKETS = re.compile(
 _RESEMBLING = re.compile(
     r"""(?:["']?\b(?:bbox_2d|box_2d|bbox|bounding_box|point_2d)\b["']?"""
     r"""|["'](?:box|points?|polygon|segmentation|keypoints?)["'])"""
-    r"\s{0,4}[:=]\s{0,4}[\[(][\s\[(]{0,8}[-+.]?\d[\d.]{0,20}\s{0,2},[^\]\n]{0,60}"
+    r"""\s{0,4}[:=]\s{0,4}[\[(][\s\[(]{0,8}["']?[-+.]?\d[\d.eE+-]{0,20}["']?\s{0,2},[^\]\n]{0,60}"""
+    r"""|\b(?:bbox_2d|box_2d|bbox|bounding[ _]box)\b["']?\s{0,4}[:=]\s{0,4}"""
+    r"[-+.]?\d[\d.]{0,20}(?:\s{0,2},\s{0,2}[-+.]?\d[\d.]{0,20}){3}"
+    r"|\b(?:points?|polygon|segmentation|keypoints?)\s{0,4}[:=]\s{0,4}[\[(]\s{0,4}[\[(]\s{0,4}"
+    r"[-+.]?\d[\d.]{0,20}\s{0,2},[^\]\n]{0,60}"
     r"|<(?:box|bbox|points?|poly|polygon|quad)>[\s\[(]{0,8}[-+.]?\d[^<\n]{0,60}"
     r"|<points?\s+x\d{0,3}\s*=[^>\n]{0,60}"
-    r"|<bbox>|<ref-object>|<loc_?\d{1,4}>"
+    r"|<bbox>|<ref-object>|<loc_?\d{1,4}>|<patch_index_\d{1,4}>|(?:<\d{1,4}>){4}"
+    r"""|\bx_?1["']?\s{0,4}[:=]\s{0,4}[-+.]?[\d.]{1,20}[,;\s]{1,4}["']?y_?1\b"""
     r"""|["'](?:x1|xmin|x_min)["']\s{0,4}:\s{0,4}[-+.]?\d"""
     r"""|["']x["']\s{0,4}:\s{0,4}[-+.]?[\d.]{1,20},\s{0,4}["']y["']"""
 )
@@ -369,8 +374,8 @@ def _answered(example: Example, found: Sequence[Found], unit: str) -> Example:
 
 
 def resembling(text: str) -> str:
-    """Return the first coordinates, of boxes or points, that a key or a tag marks in a text; "" if none."""
-    if "<" not in text and "[" not in text and "(" not in text and ":" not in text:
+    """The first coordinates that a key or a tag marks in a text, boxes or points; "" where there are none."""
+    if not any(mark in text for mark in "<[(:="):
         return ""
     found = _RESEMBLING.search(text[:READ])
     if found:

@@ -12,26 +12,28 @@ from itertools import takewhile
 from string import ascii_uppercase
 from typing import Any
 
-from surgvqa.datasets.files import as_text, is_missing, kind_of, literal
+from surgvqa.datasets.files import as_text, held_in, is_missing, kind_of
 
 WHOLE = ("choices", "options", "option")
 """Columns that hold all choices of a question, as a list or an object."""
 
-_ONE = re.compile(r"(choice|option|opt|op)?([ _-]?)(?:([A-Za-z])|(\d))", re.IGNORECASE)
+_ONE = re.compile(r"(choice|option|opt|op)?([ _-]?)(?:([A-Za-z])|(\d{1,2}))", re.IGNORECASE)
 """Columns that hold one choice, such as choice_A, optionB, opc, option_1 or A."""
 
 _LONGEST = 10_000
 """Characters of a text that is looked at as a list of choices."""
 
+_NUMBERS = [str(number) for number in range(len(ascii_uppercase) + 1)]
+
 NAMES = (
-    *WHOLE,
-    *ascii_uppercase[:10],
+    *(spelt for word in WHOLE for spelt in (word, word.capitalize(), word.upper())),
+    *ascii_uppercase,
     *(
         f"{word}{mark}{label}"
         for stem in ("choice", "option", "opt", "op")
         for word in (stem, stem.capitalize(), stem.upper())
         for mark in ("", "_", " ", "-")
-        for label in (*ascii_uppercase[:10], *ascii_uppercase[:10].lower(), *"0123456789")
+        for label in (*ascii_uppercase, *ascii_uppercase.lower(), *_NUMBERS)
     ),
 )
 """Names under which choices are looked for in tables of which only the columns asked for are read."""
@@ -53,19 +55,19 @@ def single_columns(names: Iterable[str]) -> dict[str, str]:
         label = (found[3] or found[4]).upper()
         families.setdefault((found[1] or "", found[2], label.isdigit()), {})[label] = name
     for columns in families.values():
-        for labels in (ascii_uppercase, "0123456789", "123456789"):
+        for labels in (ascii_uppercase, _NUMBERS, _NUMBERS[1:]):
             run = list(takewhile(columns.__contains__, labels))
             if len(run) > 1:
                 return {label: columns[label] for label in run}
     return {}
 
 
-def of_row(fields: Mapping[str, Any]) -> tuple[Choices, list[str]]:
-    """Return a row's choices, found by the names of its columns, and these names.
+def of_row(fields: Mapping[str, Any], taken: frozenset[str] = frozenset()) -> tuple[Choices, list[str]]:
+    """Return a row's choices, as the names of its columns show them, and these columns.
 
-    Raises ValueError with the column and what is wrong with it.
+    Columns that are `taken` hold something else. Raises ValueError with the column and what is wrong with it.
     """
-    whole, single = _columns(tuple(fields))
+    whole, single = _columns(tuple(fields), taken)
     for name in whole:
         try:
             found = parse(fields[name])
@@ -82,8 +84,9 @@ def of_row(fields: Mapping[str, Any]) -> tuple[Choices, list[str]]:
 
 
 @functools.lru_cache(1024)
-def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    """Return the columns that may hold all choices, and label → column of those that hold one each."""
+def _columns(names: tuple[str, ...], taken: frozenset[str]) -> tuple[list[str], dict[str, str]]:
+    """Return those of a row's columns that hold all choices, and those that hold one each."""
+    names = tuple(name for name in names if name not in taken)
     return [name for name in names if name.lower() in WHOLE], single_columns(names)
 
 
@@ -100,6 +103,8 @@ def parse(value: object) -> Choices:
     if isinstance(value, dict):
         texts, labels = value.get("text"), value.get("label")
         if isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels):
+            if len(set(map(as_text, labels))) < len(labels):
+                raise ValueError("has a label more than once")
             return cleaned(dict(zip(map(as_text, labels), texts, strict=True)))
         return cleaned({as_text(label): text for label, text in value.items()})
     if isinstance(value, list):
@@ -114,8 +119,10 @@ def cleaned(choices: Mapping[str, Any]) -> Choices:
 
     Raises ValueError.
     """
-    texts = {label: as_text(text) for label, text in choices.items()}
+    texts = {label: as_text(text) for label, text in choices.items() if not is_missing(text)}
     texts = {label: text for label, text in texts.items() if text}
+    if wrong := [text for text in texts.values() if text.lower() == "nan"]:
+        raise ValueError(f"is {wrong[0]!r}, which stands for a missing value; leave it empty")
     bare = {label: _without_label(label, text) for label, text in texts.items()}
     # "A." in "A. fumigatus" is no label, so labels are removed only where every choice begins with its own.
     return {label: text or "" for label, text in bare.items()} if all(bare.values()) else texts
@@ -135,7 +142,7 @@ def _of_text(text: str) -> object:
     if not text:
         return None
     if len(text) <= _LONGEST:
-        if (value := literal(text)) is not None:
+        if (value := held_in(text)) is not None:
             return value
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         labelled = dict(zip(ascii_uppercase, lines, strict=False))
@@ -145,7 +152,12 @@ def _of_text(text: str) -> object:
 
 
 def asked(question: str, choices: Choices) -> str:
-    """Return the question with a line `A. text` for each choice below it."""
+    """Return the question with a line `A. text` for each choice below it, unless it ends with them."""
+    lines = question.splitlines()[-len(choices) :]
+    if [_without_label(*each) for each in zip(choices, map(str.strip, lines), strict=False)] == [
+        *choices.values()
+    ]:
+        return question
     return "\n".join([question, *(f"{label}. {text}" for label, text in choices.items())])
 
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from surgvqa.datasets import Example, ImageRef, Problem, boxes, tables
+from surgvqa.datasets import Example, ImageRef, Problem, boxes, marks, tables
 from surgvqa.datasets.files import Row, as_text, kind_of, rows_of
 from surgvqa.datasets.images import Images
 from surgvqa.recipe import Source
@@ -36,9 +36,6 @@ _ROLES = {
 }  # fmt: skip
 
 _OPTIONAL = ("id", "question_type", "group", "split", "stage", "main_tag", "sub_tag", "system", "objects")
-
-_PLACEHOLDER = re.compile(r"<image>|<ImageHere>|<video>")
-"""Where an image goes in a text; here all images of a row come before its questions."""
 
 _OBJECT_MARK = re.compile(r"(?P<named><ref-object>\s?<bbox>)|<ref-object>|(?P<key>[\"']\s?:\s?\[?\s?)?<bbox>")
 """Marks for the names and boxes of a row's `objects`. After a key of JSON a box is its numbers alone."""
@@ -54,6 +51,8 @@ class _Told:
     context: int = 0
     system: Counter[str] = field(default_factory=Counter)
     inside: int = 0
+    marks: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """question, answer, system message → marks of images beyond those that the format has in questions."""
 
     def problems(self, place: str) -> Iterator[Problem]:
         if self.context:
@@ -74,6 +73,7 @@ class _Told:
         if self.inside:
             what = f"{self.inside} questions have an image inside their text; all images come before it here"
             yield Problem(place, what, warning=True)
+        yield from marks.problems(place, self.marks)
 
 
 def read(source: Source) -> Iterator[Example | Problem]:
@@ -117,23 +117,34 @@ def _examples(
     if fields[names[0]] is None and inline:  # the hub's newest form has them in the messages
         fields = tables.Fields({**row.fields, names[0]: inline}, {**source.columns, names[0]: names[0]})
         turns, _ = _turns(fields, names[1])
+    elif inline and _other_images(fields[names[0]], inline):
+        fields.fault(names[0], f"and {names[1]} name different images; keep one of them")
     refs = fields.images(names[0], images, elsewhere.mend(fields[names[0]], images))
     system = "\n".join(text for role, text in turns if role == "system")
     if own := fields.optional("system"):  # ShareGPT has it beside the conversation
         system = f"{own}\n{system}".strip()
+    system, in_system = marks.without_marks(system)
+    taken = {"system message": set(in_system), "question": set[str](), "answer": set[str]()}
     said = [(role, text) for role, text in turns if role != "system"]
     said, unit = _with_objects(said, fields, source.boxes, len(refs))
     pairs = _pairs(said, fields, names[1])
-    marks = sum(len(_PLACEHOLDER.findall(text)) for _, text in said)
-    if marks not in (0, len(refs)) and not fields.wrong and not any("<video>" in text for _, text in said):
-        fields.fault(names[1], f"have {marks} <image>, but the row has {len(refs)} images")
+    places = [mark for _, text in said for mark in marks.PLACEHOLDER.findall(text)]
+    if (
+        len(places) not in (0, len(refs))
+        and not fields.wrong
+        and not any("video" in m.lower() for m in places)
+    ):
+        fields.fault(names[1], f"have {len(places)} <image>, but the row has {len(refs)} images")
     kind = fields.optional("question_type") or _tags(fields)
     name, part, stage = fields.optional("id"), fields.split(tables.part_of(file)), fields.stage()
     name, group = name or f"{file.stem}:{row.number}", fields.group(refs, source.group_pattern)
     found, inside = [], 0
     for number, (asked, answer) in enumerate(pairs, start=1):
-        question, within = _bare(asked)
-        inside += within
+        question, in_question = marks.without_marks("\n".join(asked.splitlines()))
+        answer, in_answer = marks.without_marks(answer)
+        taken["question"].update(filter(marks.NUMBERED.fullmatch, in_question))
+        taken["answer"].update(in_answer)
+        inside += sum(bool(part.strip()) for part in marks.PLACEHOLDER.split(asked)) > 1
         if not question or not answer:
             fields.fault(names[1], f"have no {'answer' if question else 'text'} in question {number}")
             continue
@@ -157,9 +168,17 @@ def _examples(
         return
     told.context += len(found) - 1
     told.inside += inside
+    for what, texts in taken.items():
+        told.marks[what].update(texts)
     if system:
         told.system[system] += 1
     yield from found
+
+
+def _other_images(given: object, inline: list[Any]) -> bool:
+    """Return whether messages name other images than the row's column; embedded ones cannot be compared."""
+    named = given if isinstance(given, list) else [given]
+    return all(isinstance(one, str) for one in (*named, *inline)) and named != inline
 
 
 def _tags(fields: tables.Fields) -> str:
@@ -242,16 +261,6 @@ def _pairs(turns: Iterable[tuple[str, str]], fields: tables.Fields, name: str) -
     elif not pairs and not fields.wrong:
         fields.fault(name, "have no question")
     return pairs
-
-
-def _bare(text: str) -> tuple[str, bool]:
-    """A question without the marks of where its images go, and whether one was inside of it."""
-    parts = _PLACEHOLDER.split(text)
-    lines = [
-        " ".join(_PLACEHOLDER.sub(" ", line).split()) if _PLACEHOLDER.search(line) else line
-        for line in text.splitlines()
-    ]
-    return "\n".join(lines).strip(), sum(bool(part.strip()) for part in parts) > 1
 
 
 def _with_objects(

@@ -67,7 +67,7 @@ def rows_of(
             return
         yield from table_rows(table, str(file), needed, wanted, image)
     elif suffix in (".csv", ".tsv"):
-        yield from csv_rows(file, needed)
+        yield from csv_rows(file, needed, wanted)
     else:
         yield from json_rows(file) if suffix == ".json" else jsonl_rows(file)
 
@@ -84,18 +84,6 @@ def is_lfs_pointer(file: Path) -> bool:
 def is_missing(value: object) -> bool:
     """Return whether a cell holds nothing: None, or NaN, which pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def literal(text: str) -> list[Any] | dict[Any, Any] | None:
-    """Return the list or object that a text holds as JSON or as a Python literal; None for other texts."""
-    for parser in (json.loads, ast.literal_eval):
-        try:
-            value = parser(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(value, (list, dict)):
-            return value
-    return None
 
 
 def as_text(value: object) -> str:
@@ -126,6 +114,28 @@ def kind_of(value: object) -> str:
     names = {bool: "true or false", list: "a list", dict: "an object", bytes: "bytes", str: "text"}
     names |= {int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+_STRING = re.compile(r"""('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")(\s*(?=['"]))?""")
+"""A string as Python prints it, and what is before another one that no comma parts from it."""
+
+
+def held_in(text: str) -> list[Any] | dict[str, Any] | None:
+    """Return the list or object that a text holds as JSON, or as Python or NumPy print it; None for others.
+
+    NumPy prints `['knife' 'hook']`, without commas.
+    """
+    for parse, form in (
+        (json.loads, text),
+        (ast.literal_eval, _STRING.sub(lambda found: found[1] + "," * (found[2] is not None), text)),
+    ):
+        try:
+            value = parse(form)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, (list, dict)):
+            return value
+    return None
 
 
 class _Decoder(json.JSONDecoder):
@@ -373,9 +383,12 @@ def _separator(lines: TextIO, file: Path, columns: Sequence[str]) -> str:
     return next((mark for mark, right in held.items() if right), ",")
 
 
-def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer")) -> Iterator[Row | Problem]:
+def csv_rows(
+    file: Path, columns: Sequence[str] = ("image", "question", "answer"), wanted: Sequence[str] = ()
+) -> Iterator[Row | Problem]:
     """Yield the records of a UTF-8 file whose first one names at least `columns`.
 
+    None of these, nor of those `wanted`, may be named twice.
     Fields are separated by tabs in .tsv, else by what separates those names: `,`, `;`, a tab or `|`.
     """
     try:
@@ -406,7 +419,7 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
                 values = []
             if header is None:
                 header = [name.strip() for name in values]
-                if wrong := _wrong_header(header, columns):
+                if wrong := _wrong_header(header, columns, wanted):
                     yield Problem(place, wrong, whole=True)
                     return
             elif values:
@@ -420,11 +433,11 @@ def csv_rows(file: Path, columns: Sequence[str] = ("image", "question", "answer"
                     yield Problem(place, what, whole=many)
 
 
-def _wrong_header(header: Sequence[str], columns: Sequence[str]) -> str:
+def _wrong_header(header: Sequence[str], columns: Sequence[str], wanted: Sequence[str]) -> str:
     """Return what is wrong with the names of a CSV file's columns, "" if nothing is."""
     if missing := [name for name in columns if name not in header]:
         return f"lacks the columns {', '.join(missing)}; it has {str(header)[1:-1]}"
-    if twice := sorted({name for name in columns if header.count(name) > 1}):
+    if twice := sorted({name for name in header if header.count(name) > 1}.intersection([*columns, *wanted])):
         return f"has the columns {', '.join(twice)} more than once"
     return ""
 

@@ -24,14 +24,15 @@ from surgvqa.datasets.files import (
     as_text,
     csv_rows,
     encoded,
+    held_in,
     is_missing,
     kind_of,
-    literal,
     open_parquet,
     rows_of,
 )
 from surgvqa.datasets.images import Images, leading_out
-from surgvqa.datasets.marks import NUMBERED, without_marks
+from surgvqa.datasets.marks import problems as problems_of_marks
+from surgvqa.datasets.marks import without_marks
 from surgvqa.recipe import BadInput, Part, Source
 
 __all__ = ["Fields", "Images", "Row", "as_text", "csv_rows", "encoded", "open_parquet", "part_files", "read"]
@@ -50,7 +51,7 @@ PARTS: dict[str, Part] = {
 """Names of parts in file names, in columns and on the hub, in lower case."""
 
 _PART_FILE = re.compile(
-    rf"(?P<head>.*[-_. ])?(?P<part>{'|'.join(PARTS)})(-\d+-of-\d+(-[0-9a-f]+)?)?", re.IGNORECASE
+    rf"(?P<head>.*[-_. ])?(?P<part>{'|'.join(PARTS)})(-\d+-of-(?P<pieces>\d+)(-[0-9a-f]+)?)?", re.IGNORECASE
 )
 """Stems that name a part, such as train, Kvasir-VQA-x1-train, or train-00000-of-00002-1a2b3c4d, where the
 numbers are how the hub names the pieces of a large file."""
@@ -106,7 +107,7 @@ class _Told:
     several: int = 0
     """Rows whose answer is a list of several different ones."""
     marks: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    """question or answer → mark of an image, removed or (NUMBERED) left in → rows."""
+    """question, choice, answer → marks of images that were taken out, or were left in."""
 
     def add(self, row: Row, fields: Fields) -> None:
         if not row.fields.keys() <= self.seen.keys():
@@ -123,16 +124,7 @@ class _Told:
     def problems(self, place: str, source: Source) -> Iterator[Problem]:
         if self.several:
             yield self._several(place, source)
-        for name, marks in self.marks.items():
-            taken = {mark: count for mark, count in marks.items() if not NUMBERED.fullmatch(mark)}
-            left = {mark: count for mark, count in marks.items() if mark not in taken}
-            for found, what in (
-                (taken, "marks of images taken out, since all images come before the question"),
-                (left, "marks of numbered images, which are read as text"),
-            ):
-                if found:
-                    listed = ", ".join(f"{mark[:60]!r} ({count})" for mark, count in list(found.items())[:5])
-                    yield Problem(place, f"{name}s have {what}: {listed}", warning=True)
+        yield from problems_of_marks(place, self.marks)
         if self.choices:
             questions = max(self.choices.values())
             what = f"questions have their choices put into them, from {', '.join(self.choices)}"
@@ -161,9 +153,10 @@ def examples(
             continue
         fields = Fields(row.fields, source.columns)
         example = fields.example(row, stem, part, images, source)
-        if source.format != "hub" and not fields.wrong:  # whose variant is a subset
+        if not fields.wrong:
+            variant = None if source.format == "hub" else source.variant  # there it is a subset
             try:
-                example = boxes.read(example, source.variant, source.boxes, default="text")
+                example = boxes.read(example, variant, source.boxes, default="text")
             except ValueError as error:
                 fields.wrong.append(f"its text has the box {error}")
         told.add(row, fields)
@@ -267,19 +260,31 @@ def _of_parts(files: Iterable[Path]) -> list[Path]:
 
 
 def _without_piece(file: Path) -> str:
-    """Return a file's stem without the number of a piece, such as `-00000-of-00002`."""
+    """Return the name of a table of which a file may be a piece, with how many pieces that has."""
     match = _PART_FILE.fullmatch(file.stem)
-    return f"{match['head'] or ''}{match['part']}".lower() if match else file.stem
+    return f"{match['head'] or ''}{match['part']} {match['pieces']}".lower() if match else file.stem
 
 
 def unread_files(
     path: Path, files: Collection[Path], suffixes: Sequence[str] = SUFFIXES
 ) -> Iterator[Problem]:
-    """Yield a quiet Problem that lists the tables of a folder that are not among the `files` read."""
-    others = [file.name for file in _tables_in(path, suffixes) if file not in files] if path.is_dir() else []
-    if others:
-        what = f"tables that are not read, since their names stand for no part: {_listed(others)}"
-        yield Problem(str(path), what, warning=True, quiet=True)
+    """Yield Problems for tables of a folder that are not among the `files` read, and for missing pieces.
+
+    The Problem is quiet for tables whose names stand for no part.
+    """
+    if not path.is_dir():
+        return
+    others = [file for file in _tables_in(path, suffixes) if file not in files]
+    for of_part, why in ((False, "their names stand for no part"), (True, "another is named as their part")):
+        if names := [file.name for file in others if bool(part_of(file)) == of_part]:
+            what = f"tables that are not read, since {why}: {_listed(names)}"
+            yield Problem(str(path), what, warning=True, quiet=not of_part)
+    counts = Counter(map(_without_piece, files))
+    for name, count in counts.items():
+        table, _, pieces = name.rpartition(" ")
+        if pieces.isdigit() and count < int(pieces):
+            what = f"holds {count} of the {int(pieces)} pieces of {table}; fetch the others if you want all"
+            yield Problem(str(path), what, warning=True)
 
 
 def part_of(file: Path) -> Part | None:
@@ -299,7 +304,7 @@ class Fields:
         self.several = False
         """Whether the answer is a list of several."""
         self.marks: dict[str, list[str]] = {}
-        """question, answer → marks of images in it."""
+        """question, choice, answer → marks of images in it."""
         self.chosen_from: tuple[str, ...] = ()
         """The columns of its choices."""
 
@@ -390,13 +395,11 @@ class Fields:
         return text
 
     def _bare(self, name: str, text: str) -> str:
-        """Return a field's text without marks of images, and note these."""
-        if "<" not in text:
-            return text
+        """A field's text without marks of images, which are noted."""
         bare, marks = without_marks(text)
-        if marks := [*marks, *NUMBERED.findall(bare)]:
+        if marks:
             self.marks[name] = [*self.marks.get(name, ()), *marks]
-        if not bare:
+        if marks and not bare:
             self.fault(name, f"holds nothing but {marks[0]}")
         return bare
 
@@ -422,12 +425,12 @@ class Fields:
                     labels = one or dict(zip(ascii_uppercase, names, strict=False))
                     found = choices.cleaned({label: self._fields.get(name) for label, name in labels.items()})
             else:
-                found, names = choices.of_row(self._fields)
+                found, names = choices.of_row(self._fields, _taken(self._columns))
         except ValueError as error:
             self.wrong.append(f"{error}; set data.columns: {{choices: null}} if it holds no choices")
             return {}
         self.chosen_from = tuple(names) if found else ()
-        return found
+        return {label: self._bare("choice", text) for label, text in found.items()}
 
     def _labelled(self, answer: str, given: choices.Choices) -> str:
         """Return the label of the choice that an answer names; "" after noting a fault."""
@@ -536,12 +539,21 @@ class Fields:
         return found
 
 
+def _taken(mapped: Mapped) -> frozenset[str]:
+    """Return the data's columns that the recipe gives one of our names."""
+    return (
+        frozenset(theirs for name in mapped for theirs in names_of(mapped, name)) if mapped else frozenset()
+    )
+
+
 def _listed_in(value: object) -> object:
-    """Return the list of texts that a text such as `["a.png", "b.png"]` holds; any other value unchanged."""
-    if not (isinstance(value, str) and value.lstrip()[:2] in ('["', "['") and value.rstrip().endswith("]")):
+    """The list of texts that a text such as `["a.png", "b.png"]` holds, as CSV has lists; else the value."""
+    if not (isinstance(value, str) and re.match(r"\s*\[\s*[\"'\]]", value) and value.rstrip().endswith("]")):
         return value
-    found = literal(value.strip())
-    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else value
+    found = held_in(value.strip())
+    if isinstance(found, list) and all(one is None or isinstance(one, (str, int, float)) for one in found):
+        return found
+    return value
 
 
 def region(value: object, images: int = 1, unit: str = "auto") -> Region:

@@ -173,6 +173,11 @@ def test_an_image_file_replaced_with_the_same_size_and_time_is_decoded_anew(
         ({"choices": {"text": ["knife", "hook"], "label": ["A", "B"]}, "answer": "B"}, {}),
         ({"first": "knife", "second": "hook", "answer": "B"}, {"choices": ["first", "second"]}),
         ({"alternatives": ["knife", "hook"], "answer": "B"}, {"choices": "alternatives"}),
+        ({"options": ["knife", "hook", float("nan")], "answer": "B"}, {}),
+        ({"A": "knife", "B": "hook", "C": float("nan"), "answer": "B"}, {}),
+        ({"options": "['knife'\n 'hook']", "answer": "B"}, {}),
+        ({"options": ["<image> knife", "hook"], "answer": "B"}, {}),
+        ({"question": "What is it?\nA. knife\nB. hook", "options": ["knife", "hook"], "answer": "B"}, {}),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -196,6 +201,12 @@ def test_choices_are_asked(folder: Path, fields: dict[str, Any], columns: dict[s
         ({"options": 7}, "options is a number instead of a list or an object of choices; set data.columns"),
         ({"options": [["x"], "y"]}, "options is a list instead of text"),
         ({"options": ["x"] * 30}, "options has 30 choices"),
+        (
+            {"options": {"text": ["x", "y"], "label": ["A", "A"]}, "answer": "y"},
+            "options has a label more th",
+        ),
+        ({"options": ["x", "nan"], "answer": "x"}, "options is 'nan', which stands for a missing value"),
+        ({"options": ["<image>", "x"], "answer": "x"}, "choice holds nothing but <image>"),
         ({"options": ["x", "y"], "answer": ["A", "Z"]}, "answer 'Z' is none of its choices"),
     ],
     ids=lambda value: str(value)[:40],
@@ -234,12 +245,44 @@ def test_every_name_of_a_choice_is_read_from_parquet(folder: Path) -> None:
         ("opa", "opb"),
         ("A", "B"),
         ("Option 1", "Option 2"),
+        tuple("ABCDEFGHIJKL"),
+        tuple(f"option_{number}" for number in range(1, 13)),
     ):
-        path = write(
-            folder, "parquet", [row(answer="hook", **dict(zip(names, ("knife", "hook"), strict=True)))]
-        )
+        texts = [*map(str, range(len(names) - 2)), "knife", "hook"]
+        path = write(folder, "parquet", [row(answer="hook", **dict(zip(names, texts, strict=True)))])
         (example,) = load("parquet", path, **SPLIT).examples
         assert example.question.endswith("knife\n" + example.answers[0] + ". hook"), names
+    path = write(folder, "parquet", [row(answer="hook", Options=["knife", "hook"])])
+    assert load("parquet", path, **SPLIT).examples[0].question.endswith("\nA. knife\nB. hook")
+
+
+def test_a_column_that_the_recipe_names_is_no_choice(folder: Path) -> None:
+    path = write(folder, "jsonl", [{"image": "a.png", "Q": "What?", "A": "yes", "B": "no"}])
+    dataset = load("jsonl", path, columns={"question": "Q", "answer": "A"}, **SPLIT)
+    assert asked(dataset) == [("What?", ("yes",), ())]
+    path = write(folder, "jsonl", [{"image": "a.png", "question": "What?", "option": "hook"}])
+    dataset = load("jsonl", path, columns={"answer": "option"}, **SPLIT)
+    assert asked(dataset) == [("What?", ("hook",), ())]
+
+
+@pytest.mark.parametrize(
+    ("cell", "answers"),
+    [
+        ("['knife' 'hook']", ("knife", "hook")),
+        ("['it''s' \"a 'b' c\"]", ("it", "s", "a 'b' c")),
+        ('[ "knife"]', ("knife",)),
+        ("['knife', 2]", ("knife", "2")),
+        ("['knife' is here]", ("['knife' is here]",)),
+        ("[]", None),
+        ('["knife", null]', None),
+    ],
+)
+def test_lists_as_csv_has_them(folder: Path, cell: str, answers: tuple[str, ...] | None) -> None:
+    dataset = load("csv", write(folder, "csv", [row(answer=cell), row()]), **SPLIT)
+    if answers is None:
+        assert errors(dataset)[0].startswith("train.csv:2: answer is")
+    else:
+        assert dataset.examples[0].answers == answers
 
 
 def test_letters_are_the_closed_set_of_their_question(folder: Path) -> None:
@@ -288,6 +331,44 @@ def test_marks_of_images_are_taken_out_and_told(folder: Path, mark: str) -> None
     ]
 
 
+def test_marks_in_conversations(folder: Path) -> None:
+    def said(question: str, answer: str, system: str = "") -> dict[str, Any]:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"images": ["a.png"], "system": system, "messages": turns}
+
+    rows = [
+        said("<img>x/a.png</img>Q?", "no"),
+        said("<|vision_start|><|image_pad|><|vision_end|>\nR?", "no"),
+        said("S?", "<IMAGE> no"),
+        said("Is <image 2> T?", "no", "Look at <image>."),
+        said("U?", "<image>"),
+    ]
+    dataset = load("messages", write(folder, "json", rows), **SPLIT)
+    assert [(e.question, e.answers[0]) for e in dataset.examples] == [
+        ("Q?", "no"), ("R?", "no"), ("S?", "no"), ("Look at .\nIs <image 2> T?", "no"),
+    ]  # fmt: skip
+    assert errors(dataset) == ["train.json: row 5: messages have no answer in question 1"]
+    taken = "have marks of images taken out, since all images come before the question"
+    assert sorted(warning for warning in warnings(dataset) if "marks" in warning) == [
+        f"answers {taken}: '<IMAGE>' (1)",
+        "questions have marks of numbered images, which are read as text: '<image 2>' (1)",
+        f"system messages {taken}: '<image>' (1)",
+    ]
+
+
+def test_images_of_a_row_and_of_its_messages_are_the_same(folder: Path) -> None:
+    def row_with(name: str) -> dict[str, Any]:
+        content = [{"type": "image", "image": name}, {"type": "text", "text": "Q?"}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "no"}]
+        return {"images": ["a.png"], "messages": turns}
+
+    dataset = load("messages", write(folder, "json", [row_with("a.png"), row_with("b.png")]), **SPLIT)
+    assert [e.image_key for e in dataset.examples] == ["a.png"]
+    assert errors(dataset) == [
+        "train.json: row 2: images and messages name different images; keep one of them"
+    ]
+
+
 def test_marks_must_be_as_many_as_images_and_numbered_ones_stay(folder: Path) -> None:
     rows = [row(question="<image><image>Q?"), row(question="Is <image 1> sharp?"), row(question="a < b <c>?")]
     dataset = load("jsonl", write(folder, "jsonl", rows), **SPLIT)
@@ -326,9 +407,26 @@ def test_other_names_of_parts_are_read(folder: Path) -> None:
         f"{folder}: tables that are not read, since their names stand for no part: test_open.jsonl"
     ]
     (folder / "all_train.jsonl").write_text(json.dumps(row()))  # the bare name goes before
-    assert len(load("jsonl", folder).part("train")) == 1
+    dataset = load("jsonl", folder)
+    assert len(dataset.part("train")) == 1
+    assert "not read, since another is named as their part: all_train.jsonl" in warnings(dataset)[0]
     (folder / "dev.jsonl").write_text(json.dumps(row()))
     with pytest.raises(BadInput, match=r"several tables for val \(dev.jsonl, validate.jsonl\)"):
+        load("jsonl", folder)
+
+
+def test_pieces_of_a_table(folder: Path) -> None:
+    for number in (0, 2):
+        (folder / f"x_train-{number:05}-of-00003.jsonl").write_text(json.dumps(row()))
+    (folder / "test-00000-of-00001.jsonl").write_text(json.dumps(row()))
+    said = [w for w in warnings(load("jsonl", folder)) if "piece" in w]
+    assert said == ["holds 2 of the 3 pieces of x_train; fetch the others if you want all"]
+    (folder / "x_train-00001-of-00003.jsonl").write_text(json.dumps(row()))
+    dataset = load("jsonl", folder)
+    assert len(dataset.part("train")) == 3
+    assert not any("piece" in warning for warning in warnings(dataset))
+    (folder / "test.jsonl").write_text(json.dumps(row()))
+    with pytest.raises(BadInput, match="several tables for test"):
         load("jsonl", folder)
 
 
@@ -443,6 +541,13 @@ def test_other_separators_and_objects_of_objects(folder: Path, name: str, text: 
     ((question, answers, _),) = asked(dataset)
     assert (question, answers) == ("Q, or R?", ("no",))
     assert dataset.examples[0].id == ("7" if name == "q.json" else "q:1")
+
+
+def test_a_used_column_that_is_there_twice(folder: Path) -> None:
+    for name, said in (("split", True), ("options", True), ("note", False)):
+        (folder / "q.csv").write_text(f"image,question,answer,{name},{name}\na.png,Q,no,,\n")
+        found = errors(load("csv", folder / "q.csv", **SPLIT))
+        assert any(f"has the columns {name} more than once" in each for each in found) == said
 
 
 def test_an_object_of_objects_that_is_broken(folder: Path) -> None:

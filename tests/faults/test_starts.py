@@ -120,6 +120,38 @@ def test_both_processes_stop_whichever_is_asked(hurt: Make, slow: str, what: str
     assert set(codes) == {"4"}, run.log
 
 
+LAST = """
+import os, time
+from surgvqa import train
+
+class Slow(train.Speed):
+    def __init__(self, *given):
+        super().__init__(*given)
+        if os.environ["RANK"] == "0":
+            time.sleep(3)
+            print("the other waits", flush=True)
+            time.sleep(0.1)
+
+train.Speed = Slow
+"""
+
+
+@pytest.mark.fault("F34")
+def test_a_process_that_is_asked_while_it_waits_for_the_start_is_not_lost(hurt: Make) -> None:
+    """The others start before they hear of it, and then stop as in training: they are not left alone."""
+    run = hurt("stopped-last")
+    run.write(LAST)
+    process = run.start(TWO)
+    run.until(lambda: "the other waits" in run.log)
+    os.kill(run.ranks()[1], signal.SIGTERM)
+    process.wait(WITHIN + BUSY)
+    run.until_gone()
+    assert run.left() == 4, run.log
+    assert json.loads((run.folder / "ended.json").read_text(encoding="utf-8"))["code"] == 4
+    assert set(re.findall(r"exitcode +: (-?\d+)", run.log)) == {"4"}, run.log
+    assert 'surgvqa/train.py", line' not in run.log
+
+
 @pytest.mark.fault("F34")
 def test_a_process_that_is_busy_in_c_is_ended_by_its_thread(hurt: Make) -> None:
     run = hurt("stopped-in-c")
@@ -159,6 +191,51 @@ def test_a_check_ends_quietly(runs: Runs, tmp_path: Path, number: signal.Signals
     assert code == 128 + number
     assert told == f"stopped ({number.name}); the images that were looked at are remembered\n"
     assert not (tmp_path / "audit").exists()
+
+
+IN_C_HERE = """
+import ctypes, signal, time
+from surgvqa import datasets
+
+def busy(*given, **named):
+    print("in C", flush=True)
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        ctypes.CDLL(None).sleep(60)
+
+datasets.load = busy
+"""
+
+
+@pytest.mark.fault("F34")
+@pytest.mark.parametrize(("command", "code"), [("check", 128 + signal.SIGTERM), ("evaluate", 4)])
+def test_commands_that_are_busy_in_c_say_why_they_end(
+    runs: Runs, tmp_path: Path, command: str, code: int
+) -> None:
+    words = [str(runs.recipe), f"data.path={runs.data}", "--out", str(tmp_path / "out")]
+    if command == "evaluate":
+        words = ["tiny-qwen3-vl", "--recipe", *words]
+    script = tmp_path / "command.py"
+    script.write_text(
+        f"{IN_C_HERE}import sys\nfrom surgvqa import cli\nsys.exit(cli.main({[command, *words]!r}))\n",
+        encoding="utf-8",
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        while "in C" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(1)  # it says so just before it is
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=WITHIN + BUSY)
+    assert process.returncode == code
+    assert "stopped (SIGTERM)" in told
 
 
 @pytest.mark.fault("F34")
@@ -224,8 +301,9 @@ datasets.load = other
     [
         ("found = replace(found, examples=found.examples[1:])", "reads other questions in"),
         ("raise datasets.BadInput('data.path: no such file')", "data.path: no such file"),
+        ("from surgvqa import hub; hub.TINY_MODELS = {}", "tiny-qwen3-vl: not in the local cache"),
     ],
-    ids=["other rows", "no file"],  # of its own node
+    ids=["other rows", "no file", "no model"],  # of its own node
 )
 def test_other_files_on_another_node_are_refused_by_all(hurt: Make, change: str, message: str) -> None:
     run = hurt("other-files")

@@ -373,9 +373,13 @@ def _answered(example: Example, found: Sequence[Found], unit: str) -> Example:
     return replace(example, answers=(words or labels, *example.answers[1:]), regions=following)
 
 
+_COORDINATES = re.compile(r"[<\[(:=]")
+"""A character without which `resembling` finds nothing: most texts have none."""
+
+
 def resembling(text: str) -> str:
-    """The first coordinates that a key or a tag marks in a text, boxes or points; "" where there are none."""
-    if not any(mark in text for mark in "<[(:="):
+    """Return the first coordinates, of boxes or points, that a key or a tag marks in a text; "" if none."""
+    if not _COORDINATES.search(text):
         return ""
     found = _RESEMBLING.search(text[:READ])
     if found:

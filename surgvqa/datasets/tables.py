@@ -146,13 +146,13 @@ def examples(
 ) -> Iterator[Example | Problem]:
     """Rows with the columns of tables as examples: `stem` and number for those without id, `part` for those
     without split; `place` is what holds them."""
-    told = _Told()
+    told, known = _Told(), _Known()
     for row in rows:
         if isinstance(row, Problem):
             yield row
             continue
         fields = Fields(row.fields, source.columns)
-        example = fields.example(row, stem, part, images, source)
+        example = fields.example(row, stem, part, images, source, known)
         if not fields.wrong:
             variant = None if source.format == "hub" else source.variant  # there it is a subset
             try:
@@ -293,6 +293,22 @@ def part_of(file: Path) -> Part | None:
     return PARTS[match["part"].lower()] if match else None
 
 
+@dataclass
+class _Known:
+    """Keeps what was read of earlier rows of a table, since most rows repeat their values."""
+
+    images: dict[str, tuple[ImageRef, ...]] = field(default_factory=dict)
+    """Column `image` → the image."""
+    kinds: dict[tuple[Any, ...], tuple[str, Part | None, int | None]] = field(default_factory=dict)
+    """Columns `question_type`, `split` and `stage` → question type, part and stage."""
+
+
+_PLAIN = frozenset({str, int, type(None)})
+"""Types of values that are equal only if they read alike, as 1 and 1.0 do not."""
+
+_BOX_COLUMNS = ("box", "boxes", "asked_box", "asked_boxes")
+
+
 class Fields:
     """One row's fields under our names for them; every fault met while reading is added to `wrong`."""
 
@@ -323,9 +339,14 @@ class Fields:
         """The row's name of one of our columns."""
         return ", ".join(names_of(self._columns, name))
 
-    def example(self, row: Row, stem: str, part: Part | None, images: Images, source: Source) -> Example:
-        """The row as an example; of no use when `wrong` is not empty afterwards."""
-        refs = self.images("image", images)
+    def example(
+        self, row: Row, stem: str, part: Part | None, images: Images, source: Source, known: _Known
+    ) -> Example:
+        """Return the row as an example; of no use when `wrong` is not empty afterwards.
+
+        `known` is that of the row's table, for rows with the same `part`.
+        """
+        refs = self._images(images, known)
         question, answers, given = self._question(len(refs)), self._answers(), self._choices()
         if given:
             question = choices.asked(question, given)
@@ -333,20 +354,49 @@ class Fields:
         self.several = len(set(answers)) > 1
         if source.list_answers == "join":
             answers = ("; ".join(dict.fromkeys(answers)),)
+        kind, split, stage = self._kind(part, known)
+        regions: tuple[Region, ...] = ()
+        asked_regions: tuple[Region, ...] = ()
+        if self._columns or not self._fields.keys().isdisjoint(_BOX_COLUMNS):
+            regions = self._regions(("box", "boxes"), len(refs), source.boxes)
+            asked_regions = self._regions(("asked_box", "asked_boxes"), len(refs), source.boxes)
         return Example(
             id=self.optional("id") or f"{stem}:{row.number}",
             images=refs,
             question=question,
             answers=answers,
             labels=() if self.several else tuple(given),
-            question_type=self.optional("question_type") or "question",
+            question_type=kind,
             group=self.group(refs, source.group_pattern),
-            split=self.split(part),
-            stage=self.stage(),
+            split=split,
+            stage=stage,
             place=row.place,
-            regions=self._regions(("box", "boxes"), len(refs), source.boxes),
-            asked_regions=self._regions(("asked_box", "asked_boxes"), len(refs), source.boxes),
+            regions=regions,
+            asked_regions=asked_regions,
         )
+
+    def _images(self, images: Images, known: _Known) -> tuple[ImageRef, ...]:
+        """Return the images of the column `image`."""
+        value = self["image"]
+        if type(value) is not str:
+            return self.images("image", images)
+        if (refs := known.images.get(value)) is None:
+            refs = self.images("image", images)
+            if not self.wrong:
+                known.images[value] = refs
+        return refs
+
+    def _kind(self, part: Part | None, known: _Known) -> tuple[str, Part | None, int | None]:
+        """Return question type, part and stage."""
+        values = self["question_type"], self["split"], self["stage"]
+        plain = _PLAIN.issuperset(map(type, values))
+        if plain and (found := known.kinds.get(values)) is not None:
+            return found
+        wrong = len(self.wrong)
+        found = self.optional("question_type") or "question", self.split(part), self.stage()
+        if plain and len(self.wrong) == wrong and len(known.kinds) < 100_000:
+            known.kinds[values] = found
+        return found
 
     def fault(self, name: str, what: str) -> None:
         """Note what is wrong with a field, by the name that it has in the row."""

@@ -427,3 +427,15 @@ def test_hub_image_folder(tmp_path: Path) -> None:
         ("test", "test/a.bmp"),
     ]
     assert dataset.examples[0].images[0].read() == PIXEL
+
+
+def test_values_that_python_calls_equal_are_read_apart(folder: Path) -> None:
+    """Rows that repeat a value share what was read of it: true is no stage though it equals 1."""
+    row = {"image": "a.png", "question": "Is it red?", "answer": "yes", "question_type": 1}
+    stages: list[Any] = [1, True, 1, "1", None]
+    rows = [{**row, "id": str(number), "stage": stage} for number, stage in enumerate(stages)]
+    dataset = load("jsonl", write(folder, "jsonl", rows))
+    assert [(e.id, e.stage, e.question_type) for e in dataset.examples] == [
+        ("0", 1, "1"), ("2", 1, "1"), ("3", 1, "1"), ("4", None, "1")
+    ]  # fmt: skip
+    assert whats(dataset) == ["train.jsonl:2: stage is true or false instead of text"]

@@ -179,6 +179,7 @@ class Stop:
         self.last_words: Callable[[str], object] = _ignored
         """Records the end of a process that its thread ends; gets the text to say."""
         self._raised = self._meeting = False
+        self._thread: threading.Thread | None = None
         self._main = threading.main_thread()
         self.reason: str | None = None
         self.since = 0.0
@@ -194,7 +195,6 @@ class Stop:
         }
         if _launched():
             _tell_of_parents_death()
-        self._thread: threading.Thread | None = None
         if self.start:
             self._woken, self._wakes = os.pipe()
             os.set_blocking(self._wakes, False)

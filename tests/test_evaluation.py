@@ -24,7 +24,7 @@ from surgvqa import cli, comparison, evaluation, processes, recipe, results, sco
 from surgvqa import prepare as preparation
 from surgvqa.datasets import Example, ImageRef, Region, in_context
 from surgvqa.decode import greedy
-from surgvqa.endings import NumericFailure, Preempted
+from surgvqa.endings import NumericFailure, Preempted, Stop
 from surgvqa.evaluation import Reply, evaluate
 from surgvqa.model import base
 from surgvqa.prepare import Prepared, prepare
@@ -218,10 +218,11 @@ def test_the_revision_of_the_recipes_own_model_is_not_anothers(home: Path) -> No
 # Going on
 
 
-class Counted:
+class Counted(Stop):
     """Asks for a stop after so many looks, and counts the questions that the model is asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
+        super().__init__()
         self.looks, self.asked, answers = looks, 0, evaluation.answers_of
         monkeypatch.setattr(evaluation, "_TREES_AT_ONCE", 1)
 
@@ -251,7 +252,7 @@ def test_a_stopped_evaluation_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch
     (run / "predictions.jsonl").unlink()
     total, whole.asked = whole.asked, 0
 
-    stop: Any = Counted(monkeypatch, 3)
+    stop = Counted(monkeypatch, 3)
     with pytest.raises(Preempted, match="the same command goes on"):
         evaluation._evaluate(source, "test", [""], stop)
     kept = rows(run, "predictions.jsonl.partial")
@@ -351,7 +352,7 @@ def test_results_of_one_folder_are_of_one_model_and_one_recipe(home: Path, tmp_p
 def test_answers_to_other_questions_are_not_taken(
     run: Path, monkeypatch: pytest.MonkeyPatch, word: str
 ) -> None:
-    stop: Any = Counted(monkeypatch, 2)
+    stop = Counted(monkeypatch, 2)
     with pytest.raises(Preempted):
         evaluation._evaluate(opened(run), "test", [""], stop)
     again = Counted(monkeypatch, 10**9)
@@ -371,7 +372,7 @@ def test_answers_of_a_folders_former_weights_are_not_taken(
     for file in step.iterdir():
         if file.is_file():
             shutil.copy(file, model)
-    stop: Any = Counted(monkeypatch, 2)
+    stop = Counted(monkeypatch, 2)
     again = (opened(model, recipe_file=home / "recipe.yaml", output=tmp_path / "out"), "test", [""])
     with pytest.raises(Preempted):
         evaluation._evaluate(*again, stop)
@@ -384,7 +385,7 @@ def test_answers_of_a_folders_former_weights_are_not_taken(
 def test_answers_about_other_shuffled_pictures_are_not_taken(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop: Any = Counted(monkeypatch, 2)
+    stop = Counted(monkeypatch, 2)
     with pytest.raises(Preempted):
         evaluation._evaluate(opened(run), "test", ["shuffle"], stop)
     again = Counted(monkeypatch, 10**9)

@@ -131,11 +131,15 @@ def writing_to(out: Path) -> Iterator[None]:
 def run_command(work: Callable[[], int | None]) -> int:
     """Run a command and return its exit code. Print one line for each thing that a user must repair.
 
-    An output that cannot be written does not end the command: see `forgiving_streams`.
+    An output that cannot be written does not end the command: see `forgiving_streams`. Ctrl-C ends it
+    with 130, as shells count it, where nothing else handles it.
     """
     forgiving_streams()
     try:
         return work() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BadInput as error:
         return explain(error)
     except NotBegun as error:

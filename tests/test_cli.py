@@ -297,3 +297,15 @@ def test_another_part_has_files_of_its_own(recipe: Path) -> None:
 def test_key_value_before_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "train.lr=1e-4"]) == 2
     assert "the recipe's file comes before key=value" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(argv: list[str]) -> int:
+        """Compare two runs."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "compare", interrupted)
+    assert cli.main(["compare", "a", "b"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

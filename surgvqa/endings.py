@@ -136,7 +136,8 @@ def run_command(work: Callable[[], int | None]) -> int:
     """
     forgiving_streams()
     try:
-        return work() or 0
+        with file_errors():
+            return work() or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -146,11 +147,6 @@ def run_command(work: Callable[[], int | None]) -> int:
         leave_now(_told(error))
     except Ending as error:
         return _told(error)
-    except OSError as error:
-        found = of_os_error(error)
-        if found is None:
-            raise
-        return explain(found) if isinstance(found, BadInput) else _told(found)
 
 
 def _told(ending: Ending) -> int:
@@ -246,10 +242,16 @@ class Stop:
 
     def ask(self, reason: str) -> None:
         """Ask this process to stop, from any of its threads."""
-        if self.reason is None:
-            self.reason, self.since = reason, time.monotonic()
+        self._note(reason)
         if self.start and not self._raised and self._main.ident is not None:
             signal.pthread_kill(self._main.ident, signal.SIGUSR1)
+
+    def _note(self, reason: str) -> bool:
+        """Record why and when this process is asked to stop; return False if it was asked before."""
+        if self.reason is not None:
+            return False
+        self.reason, self.since = reason, time.monotonic()
+        return True
 
     def _watch(self) -> None:
         """Tell the other processes of a stop during the start, and end this one if it does not obey."""
@@ -288,14 +290,12 @@ class Stop:
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             _print_nowhere()
+        first = self._note(signal.Signals(number).name)
         if self.start:
-            if self.reason is None:
-                self.reason, self.since = signal.Signals(number).name, time.monotonic()
             if not (self._raised or self._meeting):
                 self._raised = True
                 raise Stopped(self.start.format(reason=self.reason))
-        elif self.reason is None:
-            self.reason, self.since = signal.Signals(number).name, time.monotonic()
+        elif first:
             if os.environ.get("RANK", "0") == "0":
                 # Not `print`, which the signal may have come in the middle of.
                 with contextlib.suppress(OSError):
